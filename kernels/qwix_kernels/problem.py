@@ -1,0 +1,139 @@
+"""What one quantized matmul is: the arrays a kernel is given and the static facts it is chosen by.
+
+Canonical form, the only one that kernels see:
+
+    lhs   [batch, M, K]      rhs   [batch, K, N]  (or [batch, N, K] when `rhs_transposed`)
+    scale has the rank and the axis order of its values; along each axis its size divides the values' size, and
+    entry i covers the i-th run of size/len(scale) neighbours. The represented value is (q - zero_point) * scale.
+    zero_point has the scale's shape and the values' dtype. A batch of 1 is shared by all batches of the other side.
+
+`MatmulProblem` says all of it without the arrays, so that dispatch, tuning, pricing and reports need no device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# QLoRA, appendix E (arXiv 2305.14314): the 16 values of NormalFloat4.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+CODEBOOKS = {"nf4": NF4}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "scale", "zero_point"],
+    meta_fields=["codebook"],
+)
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One operand: quantized (`scale` given) or plain. Shapes: see the module's header."""
+
+    values: jax.Array
+    scale: jax.Array | None = None
+    zero_point: jax.Array | None = None
+    codebook: str | None = None  # a key of CODEBOOKS: the values are indices into it
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """The static facts of a `Tensor`."""
+
+    dtype: str
+    batch: int
+    free: int  # M of the lhs, N of the rhs
+    scale_dtype: str | None = None  # None: not scaled
+    tile_free: int = 0  # neighbours along the free axis that share a scale; 0 when not scaled
+    tile_k: int = 0  # neighbours along K that share a scale; 0 when not scaled
+    zero_point: bool = False
+    codebook: str | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.scale_dtype is not None
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the stored values are integers that stand for themselves (no codebook)."""
+        return self.codebook is None and jnp.issubdtype(self.dtype, jnp.integer)
+
+    @property
+    def bits(self) -> int:
+        """Bits that one stored value takes on a device."""
+        return dtype_bits(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowQuantize:
+    """Dynamic symmetric absmax quantization of a float lhs, row by row, inside the matmul.
+
+    For each row and each run of `tile_k` along K (0: the whole row), in float32:
+        scale = max|x| / bound  (1 where that is below sqrt of float32's smallest normal)
+        q     = convert(x * (1 / scale))   integers: round half to even, then clip; floats: clip, then cast
+    """
+
+    dtype: str
+    bound: float
+    tile_k: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulProblem:
+    """One matmul, described. Hashable: the key of dispatch and tuning."""
+
+    m: int
+    k: int
+    n: int
+    lhs: Operand
+    rhs: Operand
+    out_dtype: str
+    rhs_transposed: bool = False
+    quantize_lhs: RowQuantize | None = None
+    precision: str | None = None  # None or "default": the unit's own; "high"/"highest" as in jax.lax.Precision
+
+    @property
+    def batch(self) -> int:
+        return max(self.lhs.batch, self.rhs.batch)
+
+    @property
+    def scheme(self) -> str:
+        """The short name of the scheme, for example `w4a16_g128`, `wf8af8`, `wnf4a16_g64`, `w8a8`."""
+        act = self.quantize_lhs.dtype if self.quantize_lhs else self.lhs.codebook or self.lhs.dtype
+        tiles = [t for t in (self.rhs.tile_k, self.lhs.tile_k) if 0 < t < self.k]
+        name = f"w{_short(self.rhs.codebook or self.rhs.dtype)}a{_short(act)}"
+        return name + (f"_g{min(tiles)}" if tiles else "")
+
+
+def _short(dtype: str) -> str:
+    if dtype.startswith("float8"):
+        return "f8"
+    if dtype.startswith("float4"):
+        return "f4"
+    return {"bfloat16": "16", "float16": "16", "float32": "32"}.get(dtype) or dtype.removeprefix("u").removeprefix("int")
+
+
+def dtype_bits(dtype: str) -> int:
+    """Bits per element on a device (`np.dtype.itemsize` says 8 for 4-bit types).
+
+    >>> dtype_bits("int4"), dtype_bits("float8_e4m3fn"), dtype_bits("bfloat16")
+    (4, 8, 16)
+    """
+    d = jnp.dtype(dtype)
+    if jnp.issubdtype(d, jnp.integer):
+        return jnp.iinfo(d).bits
+    if jnp.issubdtype(d, jnp.floating):
+        return jnp.finfo(d).bits
+    return 8 * np.dtype(d).itemsize
