@@ -1,0 +1,4 @@
+"""Quantized matrix multiplication for JAX: Pallas kernels, a portable path, and the choice between them."""
+
+from qwix_kernels import chips as chips
+from qwix_kernels import problem as problem

@@ -1,0 +1,220 @@
+"""Which implementation of an op runs, and why the others do not.
+
+An op registers its implementations in order of preference. Each says by `NotImplementedError` what it cannot
+take, and by an `Estimate` what it would cost; the next one is asked then. The last one of every op runs
+anywhere and refuses nothing, so `implementation=None` never fails. A named implementation runs, or its
+refusal reaches the caller.
+
+Everything here needs only the description of a problem: `explain` answers for chips that are not present.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qwix_kernels import chips, tuning
+from qwix_kernels.chips import Chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What an implementation costs on one core of a chip, in microseconds. Static: nothing was measured."""
+
+    compute_us: float  # the busiest unit
+    memory_us: float  # bytes really moved over the HBM bandwidth
+    static_us: float  # what both take together: the greater one where they overlap, the sum where they do not
+    floor_us: float  # what no implementation can beat: best native unit, unavoidable bytes
+    note: str = ""
+
+    @property
+    def ratio_to_floor(self) -> float:
+        return self.static_us / self.floor_us if self.floor_us else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to run an op. `platforms` is empty where every platform will do.
+
+    `check` raises NotImplementedError for what it cannot run. `heuristic_config` gives block sizes, or None
+    where there is nothing to choose; `config_type` is the class of its result.
+    """
+
+    name: str
+    platforms: tuple[str, ...]
+    check: Callable[[Any, Chip], None]
+    estimate: Callable[[Any, Chip, Any], Estimate]
+    run: Callable[..., Any]  # (problem, *operands, config=, chip=)
+    heuristic_config: Callable[[Any, Chip], Any] | None = None
+    config_type: Callable[[], type] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What dispatch decided for a problem on a chip. `str()` gives it in words."""
+
+    problem: Any
+    chip: str
+    chosen: str
+    config: Any
+    config_source: str | None  # where the config came from: see tuning.py
+    estimate: Estimate
+    rejected: tuple[tuple[str, str], ...]  # (implementation, reason)
+
+    def __str__(self) -> str:
+        e = self.estimate
+        lines = [
+            f"{self.chosen} on {self.chip}: {e.static_us:.1f} us by static estimate (compute {e.compute_us:.1f}, "
+            f"memory {e.memory_us:.1f}, floor {e.floor_us:.1f})",
+        ]
+        if self.config is not None:
+            lines.append(f"  config ({self.config_source}): {self.config}")
+        lines += [f"  not {name}: {reason}" for name, reason in self.rejected]
+        return "\n".join(lines)
+
+
+_IMPLEMENTATIONS: dict[type, tuple[Implementation, ...]] = {}
+
+
+def register(problem_type: type, implementations: Sequence[Implementation]) -> None:
+    """Makes `implementations`, in order of preference, the ways to run problems of this type."""
+    if implementations[-1].platforms:
+        raise ValueError(f"The last implementation must run anywhere, got {implementations[-1].name!r}.")
+    _IMPLEMENTATIONS[problem_type] = tuple(implementations)
+
+
+def implementations(problem: Any) -> tuple[Implementation, ...]:
+    """All implementations of the problem's op, the preferred one first."""
+    try:
+        return _IMPLEMENTATIONS[type(problem)]
+    except KeyError:
+        known = ", ".join(t.__name__ for t in _IMPLEMENTATIONS)
+        raise TypeError(f"No op takes a {type(problem).__name__}; known problems: {known}.") from None
+
+
+def named(problem: Any, names: str | Sequence[str] | None) -> tuple[Implementation, ...]:
+    """The implementations that a caller allows, in the caller's order; all of them for None.
+
+    Raises ValueError for a name that this op does not have, and for an empty list.
+    """
+    known = {impl.name: impl for impl in implementations(problem)}
+    if names is None:
+        return tuple(known.values())
+    wanted = (names,) if isinstance(names, str) else tuple(names)
+    if not wanted:
+        raise ValueError(f"implementation is empty; give None (any) or some of {', '.join(known)}.")
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.3)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"Unknown implementation {name!r}{hint} Known: {', '.join(known)}.")
+    return tuple(known[name] for name in wanted)
+
+
+def choose(
+    problem: Any,
+    chip: Chip,
+    implementation: str | Sequence[str] | None = None,
+    config: Any = None,
+) -> tuple[Implementation, Explanation]:
+    """The first allowed implementation that can run `problem` on `chip`.
+
+    One that is not named by the caller is also passed over when it is predicted to be slower than the last
+    one.
+
+    Raises NotImplementedError, with every reason, when a caller's names leave none.
+    """
+    candidates = named(problem, implementation)
+    rejected: list[tuple[str, str]] = []
+    for impl in candidates:
+        try:
+            estimate, used, source = _plan(impl, problem, chip, config)
+            fallback = candidates[-1]
+            if implementation is None and impl is not fallback:
+                _refuse_slower(estimate, fallback.estimate(problem, chip, None), fallback.name)
+        except NotImplementedError as refusal:
+            rejected.append((impl.name, str(refusal)))
+            continue
+        return impl, Explanation(problem, chip.name, impl.name, used, source, estimate, tuple(rejected))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
+    raise NotImplementedError(
+        f"{implementation!r} cannot run this on {chip.name}: {reasons}. "
+        f"implementation=None picks one that can. The problem: {problem}"
+    )
+
+
+def explain(
+    problem: Any,
+    chip: str | Chip | None = None,
+    *,
+    implementation: str | Sequence[str] | None = None,
+    config: Any = None,
+) -> Explanation:
+    """What would run for `problem` on `chip` and why not the others. Runs nothing and needs no such device.
+
+    Args:
+      problem: for example a `MatmulProblem`, as `matmul.problem_of` makes it.
+      chip: a name in `chips.CHIPS`, a `Chip`, or None for the one that a program would be lowered for here.
+      implementation: as for the op itself.
+      config: as for the op itself.
+
+    >>> from qwix_kernels.matmul import problem_of
+    >>> import jax, jax.numpy as jnp
+    >>> x = jax.ShapeDtypeStruct((1, 16, 64), jnp.int8)
+    >>> w = jax.ShapeDtypeStruct((1, 64, 32), jnp.int8)
+    >>> explain(problem_of(x, w), "cpu").chosen
+    'xla'
+    """
+    return choose(problem, chips.chip(chip), implementation, config)[1]
+
+
+def warn_of_fallback(explanation: Explanation, chip: Chip) -> None:
+    """Says once per kind of problem and reason that an accelerator runs the portable path."""
+    if chip.platform == "cpu" or not explanation.rejected:
+        return
+    scheme = getattr(explanation.problem, "scheme", type(explanation.problem).__name__)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in explanation.rejected)
+    key = (chip.name, scheme, re.sub(r"\d+", "#", reasons))
+    if key in _WARNED:
+        return
+    _WARNED.add(key)
+    warnings.warn(
+        f"{scheme} runs through {explanation.chosen} on {chip.name}, not through a kernel ({reasons}). "
+        f"To try a kernel all the same, name it: implementation={explanation.rejected[0][0]!r}; "
+        f"to accept this, implementation={explanation.chosen!r}.",
+        stacklevel=2,
+    )
+
+
+_WARNED: set[tuple[str, str, str]] = set()
+
+
+def _plan(impl: Implementation, problem: Any, chip: Chip, config: Any) -> tuple[Estimate, Any, str | None]:
+    """(cost, config, where the config is from) of `impl`, or NotImplementedError."""
+    if impl.platforms and chip.platform not in impl.platforms:
+        raise NotImplementedError(
+            f"runs on {', '.join(impl.platforms)}, not on {chip.platform} ({chip.name})"
+        )
+    impl.check(problem, chip)
+    if impl.heuristic_config is None or impl.config_type is None:
+        return impl.estimate(problem, chip, None), None, None
+    for found, source in tuning.candidates(problem, chip, config, impl.config_type(), impl.name):
+        try:
+            return impl.estimate(problem, chip, found), found, source
+        except (NotImplementedError, ValueError) as refusal:
+            if source == "explicit":
+                raise NotImplementedError(f"config {found}: {refusal}") from refusal
+            warnings.warn(f"Tuned config {found} ({source}) does not fit: {refusal}. Ignored.", stacklevel=4)
+    found = impl.heuristic_config(problem, chip)
+    return impl.estimate(problem, chip, found), found, "heuristic"
+
+
+def _refuse_slower(mine: Estimate, other: Estimate, other_name: str) -> None:
+    if mine.static_us > other.static_us:
+        raise NotImplementedError(
+            f"predicted slower than {other_name}: {mine.static_us:.1f} us against {other.static_us:.1f} us"
+        )
