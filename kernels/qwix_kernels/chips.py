@@ -107,8 +107,11 @@ def _tpu(name, cores, ghz, chip_hbm, vmem, mxu, bf16, int8, fp8, int4, native, k
     return Chip(name, "tpu", cores, ghz, chip_hbm / cores, vmem, MiB, mxu, *per_core, native, kinds)
 
 
-_V5E_KINDS, _V5P_KINDS, _V6E_KINDS = ("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p"), ("TPU v6 lite", "TPU
-v6e") _H100_KINDS, _CPU_NATIVE = ("NVIDIA H100", "NVIDIA H200"), ((_WIDE, _WIDE), (_INT8, _INT8))
+_CPU_NATIVE = ((_WIDE, _WIDE), (_INT8, _INT8))
+_V5E_KINDS = ("TPU v5 lite", "TPU v5e")
+_V5P_KINDS = ("TPU v5", "TPU v5p")
+_V6E_KINDS = ("TPU v6 lite", "TPU v6e")
+_H100_KINDS = ("NVIDIA H100", "NVIDIA H200")
 _ALL = (
     _tpu("v5e", 1, 1.5, 819, 128 * MiB, 128, 197, 394, 0, 788, _TPU5_NATIVE, _V5E_KINDS),
     _tpu("v5p", 2, 1.75, 2765, 64 * MiB, 128, 459, 918, 0, 1840, _TPU5_NATIVE, _V5P_KINDS),

@@ -68,8 +68,8 @@ class Explanation:
     def __str__(self) -> str:
         e = self.estimate
         lines = [
-            f"{self.chosen} on {self.chip}: {e.static_us:.1f} us by static estimate (compute {e.compute_us:.1f}, "
-            f"memory {e.memory_us:.1f}, floor {e.floor_us:.1f})",
+            f"{self.chosen} on {self.chip}: {e.static_us:.1f} us by static estimate "
+            f"(compute {e.compute_us:.1f}, memory {e.memory_us:.1f}, floor {e.floor_us:.1f})",
         ]
         if self.config is not None:
             lines.append(f"  config ({self.config_source}): {self.config}")
