@@ -1,0 +1,54 @@
+"""How good and how large a model is: perplexity on a text that every Python has, and bytes on the device."""
+
+import functools
+import pydoc_data.topics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from flax import nnx
+from tqdm import tqdm
+
+from examples.smollm2.model import SmolLM2
+
+TOKENS, WINDOW = 4096, 256
+# Logits are [windows, 256, 49152] in float32: 200 MB for four windows.
+WINDOWS_AT_ONCE = 4
+
+
+def windows(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+    """The first 4096 tokens of Python's own documentation, `[16, 256]`: topics in order, joined by newlines."""
+    topics = pydoc_data.topics.topics
+    text = "\n".join(topics[name] for name in sorted(topics))
+    return np.array(tokenizer.encode(text).ids[:TOKENS], np.int32).reshape(-1, WINDOW)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def negative_log_likelihood(graphdef: nnx.GraphDef, state: nnx.State, tokens: jax.Array) -> jax.Array:
+    """Summed over `tokens` `[batch, length]`, of each token but the first given those before it; in nats."""
+    logits, _ = nnx.merge(graphdef, state)(tokens)
+    scores = jax.nn.log_softmax(logits[:, :-1])
+    return -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1).sum()
+
+
+def perplexity(model: SmolLM2, tokens: np.ndarray, *, progress: bool = True) -> float:
+    """`exp` of the mean negative log-likelihood per predicted token.
+
+    Args:
+      model: float or quantized.
+      tokens: int `[windows, length]`; every window starts afresh.
+      progress: show a bar.
+    """
+    graphdef, state = nnx.split(model)
+    batches = np.split(tokens, range(WINDOWS_AT_ONCE, len(tokens), WINDOWS_AT_ONCE))
+    bar = tqdm(batches, desc="perplexity", unit="batch", disable=None if progress else True, leave=False)
+    total = sum(float(negative_log_likelihood(graphdef, state, jnp.asarray(batch))) for batch in bar)
+    return float(np.exp(total / tokens[:, 1:].size))
+
+
+def device_bytes(tree: object) -> int:
+    """Bytes that the arrays of `tree` take on the device; two int4 values share one."""
+    return sum(
+        leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)
+    )
