@@ -4,9 +4,9 @@ A qtype is one thing under many spellings ('int8', `jnp.int8`, `np.dtype('int8')
 every spelling to one object, so that two equally quantized arrays always have the same tree structure:
 
 - a `np.dtype` for formats that XLA stores natively (int8, float8_e4m3fn, ...);
-- a string for formats that exist only by convention on top of one: 'nf4' (indices into a table of 16), 'int1',
-  'int2', 'int3', 'int5', 'int6', 'int7' (in int4 or int8), and the block formats 'mxfp8', 'mxfp8_16', 'mxfp4'
-  and 'nvfp4'.
+- a string for formats that exist only by convention on top of one: 'nf4' (indices into a table of 16),
+  'int1', 'int2', 'int3', 'int5', 'int6', 'int7' (in int4 or int8), and the block formats 'mxfp8',
+  'mxfp8_16', 'mxfp4' and 'nvfp4'.
 
 Every stored value times its scale is the represented value, except for 'nf4' where a table stands between.
 """
@@ -128,8 +128,8 @@ def can_dequant_on_output(qtype: DTypeLike | str) -> bool:
 def get_symmetric_bound(qtype: DTypeLike | str) -> float:
     """B such that the representable range is [-B, B]: the largest magnitude maps to B.
 
-    Integers include the half step beyond their largest value (int8: 127.5), since rounding brings it back; int16
-    is 32768, as in TFLite. Floats: their largest finite value. nf4: 1.
+    Integers include the half step beyond their largest value (int8: 127.5), since rounding brings it back;
+    int16 is 32768, as in TFLite. Floats: their largest finite value. nf4: 1.
 
     >>> get_symmetric_bound("int8"), get_symmetric_bound("int3"), get_symmetric_bound(jnp.float8_e4m3fn)
     (127.5, 3.5, 448.0)
@@ -156,8 +156,8 @@ def get_asymmetric_bound(qtype: DTypeLike | str) -> tuple[float, float]:
     dtype = canonical_qtype(qtype)
     if dtype not in (jnp.dtype(jnp.int4), jnp.dtype(jnp.int8), jnp.dtype(jnp.int16)):
         raise ValueError(
-            f"{dtype!s} doesn't support asymmetric quantization; int4, int8 and int16 do. Use one of them, or a "
-            "symmetric calibration method such as 'absmax'."
+            f"{dtype!s} doesn't support asymmetric quantization; int4, int8 and int16 do. Use one of "
+            "them, or a symmetric calibration method such as 'absmax'."
         )
     info = jnp.iinfo(dtype)
     return float(info.min), float(info.max)
@@ -172,14 +172,15 @@ def convert_to(x: jax.Array, qtype: DTypeLike | str, noise_fn: NoiseFn | None = 
     """Rounds an already scaled float array to `qtype`'s storage. The shape is kept.
 
     Integers: add noise if asked, round half to even, clip. 'int1' keeps only the sign: -1 below zero, +1
-    otherwise (the levels -0.5 and +0.5 of a one-bit grid, stored as integers; `compute_scale_zero_point` halves
-    the scale).
+    otherwise (the levels -0.5 and +0.5 of a one-bit grid, stored as integers; `compute_scale_zero_point`
+    halves the scale).
     Floats: clip to the finite range, then cast. 'nf4': the nearest of 16 values, the lower one on a tie.
 
     Args:
       x: float array, divided by its scale.
       qtype: what to convert to.
-      noise_fn: shape -> float32 noise, added before rounding (stochastic rounding). Integers of 2 bits and up.
+      noise_fn: shape -> float32 noise, added before rounding (stochastic rounding). Integers of 2 bits and
+      up.
 
     >>> convert_to(jnp.array([1.2, 3.5, -1300.0]), "int6")
     Array([  1,   4, -32], dtype=int8)
