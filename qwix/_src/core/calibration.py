@@ -8,7 +8,9 @@ so that a float16 array is scaled as well as a float32 one, and a jitted program
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import functools
+import math
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +86,8 @@ def get_scale_shape(shape: tuple[int, ...], how: HowToQuantize) -> tuple[int, ..
             f"{how.tiled_axes=} for shape {shape}. Leave it in one of them."
         )
     return tuple(
-        dim if axis in channelwise else dim // tiles[axis] if axis in tiles else 1 for axis, dim in
-        enumerate(shape)
+        dim if axis in channelwise else dim // tiles[axis] if axis in tiles else 1
+        for axis, dim in enumerate(shape)
     )
 
 
@@ -97,11 +99,11 @@ def parse_method(method: str) -> tuple[str, tuple[float, ...]]:
     """
     name, *args = (part.strip() for part in method.lower().split(","))
     if name not in METHODS:
-        raise ValueError(f"Unsupported calibration: {method!r}. Supported: {', '.join(METHODS)}, as in 'rms,7'.")
+        raise ValueError(f"Unsupported calibration: {method!r}. Supported: {', '.join(METHODS)}.")
     try:
         return name, tuple(float(a) for a in args)
     except ValueError as e:
-        raise ValueError(f"Unsupported calibration: {method!r}. After the name come numbers, as in 'rms,7'.") from e
+        raise ValueError(f"Unsupported calibration: {method!r}. Numbers follow the name: 'rms,7'.") from e
 
 
 def calibrate(array: jax.Array, how: HowToQuantize) -> Calibration:
@@ -119,29 +121,48 @@ def calibrate(array: jax.Array, how: HowToQuantize) -> Calibration:
     if name == "fixed":
         return _fixed(array, args)
     if name == "rms" and len(args) != 1:
-        raise ValueError(f"A scale factor is required for RMS calibration: {how.calibration_method!r} has {len(args)}.")
+        raise ValueError(f"A scale factor is required for RMS calibration, as in 'rms,7'. Got {args}.")
     if len(args) > 1:
-        raise ValueError(f"Unsupported calibration: {how.calibration_method!r}. {name} takes at most one factor.")
+        raise ValueError(f"Unsupported calibration: {name} takes at most one factor, got {args}.")
     factor = args[0] if args else 1.0
 
-    runs = array.reshape([d for n, s in zip(array.shape, shape, strict=True) for d in (s, n // s if s else
-    0)]) runs = runs.astype(numerics.compute_dtype(array.dtype))
-    axes = tuple(range(1, runs.ndim, 2))
-    stats = {}
+    runs, axes = _runs(array.astype(numerics.compute_dtype(array.dtype)), shape)
+    reduce = functools.partial(_reduce, runs, axes, shape)
     if name == "absmax":
-        stats["absmax"] = jnp.max(jnp.abs(runs), axis=axes, initial=0)
+        stats = {"absmax": reduce(lambda x, axis: jnp.max(jnp.abs(x), axis=axis, initial=0))}
     elif name == "minmax":
-        stats["min"] = jnp.min(runs, axis=axes, initial=0)
-        stats["max"] = jnp.max(runs, axis=axes, initial=0)
+        stats = {
+            "min": reduce(lambda x, axis: jnp.min(x, axis=axis, initial=0)),
+            "max": reduce(lambda x, axis: jnp.max(x, axis=axis, initial=0)),
+        }
     else:
-        count = max(1, int(np.prod([runs.shape[a] for a in axes])))
-        stats["absmax"] = jnp.sqrt(jnp.sum(runs * runs, axis=axes) / count)
+        count = max(1, math.prod(runs.shape[a] for a in axes))
+        stats = {"absmax": reduce(lambda x, axis: jnp.sqrt(jnp.sum(x * x, axis=axis) / count))}
     return {key: (value * factor).astype(array.dtype) for key, value in stats.items()}
+
+
+def _runs(x: jax.Array, scale_shape: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+    """Splits the tiled axes only (others keep their sharding), and says which axes to reduce."""
+    shape: list[int] = []
+    axes: list[int] = []
+    for n, s in zip(x.shape, scale_shape, strict=True):
+        if s == n:
+            shape.append(n)
+            continue
+        shape += [n] if s == 1 else [s, n // s]
+        axes.append(len(shape) - 1)
+    return (x if tuple(shape) == x.shape else x.reshape(shape)), tuple(axes)
+
+
+def _reduce(
+    x: jax.Array, axes: tuple[int, ...], shape: tuple[int, ...], op: Callable[..., jax.Array]
+) -> jax.Array:
+    return op(x, axis=axes).reshape(shape)
 
 
 def _fixed(array: jax.Array, args: tuple[float, ...]) -> Calibration:
     if len(args) not in (1, 2):
-        raise ValueError(f"A fixed range is required for 'fixed' calibration, as in 'fixed,-1,2'; got {args}.")
+        raise ValueError(f"A fixed range is required, as in 'fixed,-1,2'. Got {args}.")
     lo, hi = args if len(args) == 2 else (-args[0], args[0])
     if not lo <= 0 <= hi or lo == hi:
         raise ValueError(f"The range must contain 0 and be non-empty. Got {lo}..{hi}.")

@@ -22,8 +22,7 @@ _REFUSED = "Blocked (an int), Squeezed (None) and Element block dimensions follo
 
 
 def update_block_specs_for_qarray(block_specs: Any, args: Any, grid: Sequence[Any] | None = None) -> Any:
-    """The specs with each spec of a QArray replaced by a QArray of specs: for its values, scale and zero
-    point.
+    """The specs, with the spec of a QArray replaced by a QArray of them: for values, scale and zero point.
 
     Args:
       block_specs: pytree of `pl.BlockSpec` (or `pl.no_block_spec`), one for each array or QArray of `args`.
@@ -108,7 +107,7 @@ def _axis(axis: int, dim: Any, size: int, scale_size: int) -> tuple[Any, Callabl
         return dim, lambda i: i // tile
     if isinstance(dim, pl.Element):
         if dim.block_size % tile or any(p % tile for p in dim.padding):
-            raise ValueError(_cuts_message(axis, dim, size, tile, "multiples"))
+            raise ValueError(_cuts_message(axis, dim, size, tile, divisors=False))
         padding = tuple(p // tile for p in dim.padding)
         return pl.Element(dim.block_size // tile, padding), lambda i: i // tile
     if isinstance(dim, pl.Blocked | int | np.integer):
@@ -117,7 +116,7 @@ def _axis(axis: int, dim: Any, size: int, scale_size: int) -> tuple[Any, Callabl
             return _like(dim, block // tile), lambda i: i
         if tile % block == 0:
             return _like(dim, 1), lambda i: i // (tile // block)
-        raise ValueError(_cuts_message(axis, dim, size, tile, "multiples or divisors"))
+        raise ValueError(_cuts_message(axis, dim, size, tile, divisors=True))
     raise ValueError(f"Axis {axis} of the block is {dim}, but only {_REFUSED}, here in tiles of {tile}.")
 
 
@@ -132,10 +131,11 @@ def _single(dim: Any) -> Any:
     return pl.Element(1) if isinstance(dim, pl.Element) else _like(dim, 1)
 
 
-def _cuts_message(axis: int, dim: Any, size: int, tile: int, what: str) -> str:
+def _cuts_message(axis: int, dim: Any, size: int, tile: int, *, divisors: bool) -> str:
     multiples = ", ".join(str(tile * i) for i in range(1, min(4, size // tile) + 1))
-    divisors = ", ".join(str(i) for i in range(1, tile) if tile % i == 0)
-    sizes = f"multiples of {tile} ({multiples}, ...)" + (f" or one of {divisors}" if "or" in what else "")
+    sizes = f"multiples of {tile} ({multiples}, ...)"
+    if divisors:
+        sizes += f" and its divisors ({', '.join(str(i) for i in range(1, tile) if tile % i == 0)})"
     return (
         f"A block of {dim} along axis {axis} cuts tiles of {tile} values that share a scale (axis size "
         f"{size}). "
