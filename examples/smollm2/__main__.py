@@ -35,12 +35,6 @@ _CHECK = flags.DEFINE_bool(
 _SCHEMES = flags.DEFINE_list("schemes", list(schemes.SCHEMES), "Which to run.")
 
 
-def linear_bytes(model: SmolLM2) -> int:
-    """Bytes on the device of the kernels of all linear layers, scales included."""
-    leaves = nnx.to_flat_state(nnx.state(model))
-    return sum(evaluate.device_bytes(leaf) for path, leaf in leaves if "kernel" in path)
-
-
 def quantized(model: SmolLM2, scheme: schemes.Scheme, tokens: np.ndarray) -> SmolLM2:
     """The model under a scheme; the float one is left as it was."""
     if not (rules := scheme.rules()):
@@ -61,7 +55,7 @@ def run(
     result = schemes.Result(
         perplexity=evaluate.perplexity(candidate, tokens),
         device_mb=evaluate.device_bytes(nnx.state(candidate)) / 1e6,
-        linear_weight_ratio=linear_bytes(candidate) / linear_bytes(model),
+        linear_weight_ratio=evaluate.linear_bytes(candidate) / evaluate.linear_bytes(model),
         answer=generate.answer(candidate, tokenizer, QUESTION),
         seconds=time.perf_counter() - start,
     )

@@ -60,3 +60,9 @@ def device_bytes(tree: object) -> int:
     return sum(
         leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)
     )
+
+
+def linear_bytes(model: SmolLM2) -> int:
+    """Bytes on the device of the kernels of all linear layers, scales included."""
+    leaves = nnx.to_flat_state(nnx.state(model))
+    return sum(device_bytes(leaf) for path, leaf in leaves if "kernel" in path)
