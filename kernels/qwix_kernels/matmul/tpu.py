@@ -1,0 +1,199 @@
+"""Quantized matmul on a TPU, by one Pallas kernel: what it takes, with which blocks, and the call itself.
+
+Every scheme is one kernel body (tpu_kernel.py) under a plan (tpu_plan.py); tpu_estimate.py prices a plan and picks the
+blocks. The big operands are read as they lie in HBM, any M, N and K, either order of the rhs; only scales and zero
+points, which are small, are laid out anew outside.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qwix_kernels.chips import Chip
+from qwix_kernels.matmul import tpu_kernel
+from qwix_kernels.matmul.tpu_estimate import check, estimate, heuristic_config
+from qwix_kernels.matmul.tpu_plan import Config, Plan, pl_cdiv, resolve
+from qwix_kernels.matmul.tpu_values import row_scale
+from qwix_kernels.problem import MatmulProblem, Tensor
+
+__all__ = ["Config", "check", "estimate", "heuristic_config", "run"]
+
+
+def run(
+    problem: MatmulProblem,
+    lhs: Tensor,
+    rhs: Tensor,
+    *,
+    config: Config,
+    chip: Chip,
+    interpret: Any = False,
+) -> jax.Array:
+    """lhs @ rhs, [batch, M, N] in `problem.out_dtype`.
+
+    Args:
+      problem: describes the operands; `check(problem, chip)` must have passed.
+      lhs: [batch or 1, M, K].
+      rhs: [batch or 1, K, N], or [batch or 1, N, K] when `problem.rhs_transposed`.
+      config: block sizes and strategy.
+      chip: the chip to compile for.
+      interpret: a `pltpu.InterpretParams` runs the kernel on the CPU.
+
+    Raises NotImplementedError where the config does not fit the problem or the chip.
+    """
+    if problem.rhs_transposed and problem.n == 1:
+        # A single row is the same memory as a single column, which Mosaic takes with every dtype.
+        flip = lambda x: None if x is None else jnp.swapaxes(x, 1, 2)
+        rhs = Tensor(flip(rhs.values), flip(rhs.scale), flip(rhs.zero_point), rhs.codebook)
+        problem = _replace(problem, rhs_transposed=False)
+    plan = resolve(problem, chip, config)
+    names, arrays, specs = zip(*_operands(plan, lhs, rhs), strict=True)
+    scratch = _scratch(plan)
+    columns = "arbitrary" if plan.prepare_lhs and not plan.megacore_rows else "parallel"
+    return pl.pallas_call(
+        functools.partial(tpu_kernel.kernel, plan, bool(interpret), (*names, "out", *scratch)),
+        grid=plan.grid,
+        in_specs=specs,
+        out_specs=pl.BlockSpec((1, plan.block_m, plan.block_n), lambda b, i, j, k: (b, i, j)),
+        out_shape=jax.ShapeDtypeStruct((problem.batch, problem.m, problem.n), problem.out_dtype),
+        scratch_shapes=tuple(scratch.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", columns, "arbitrary"),
+            vmem_limit_bytes=int(0.95 * chip.vmem_bytes),
+        ),
+        cost_estimate=_cost(plan, arrays),
+        interpret=interpret,
+        name=f"qwix_matmul_{problem.scheme}",
+    )(*arrays)
+
+
+def _replace(problem: MatmulProblem, **changes: Any) -> MatmulProblem:
+    import dataclasses
+
+    return dataclasses.replace(problem, **changes)
+
+
+def _operands(plan: Plan, lhs: Tensor, rhs: Tensor) -> list[tuple[str, jax.Array, pl.BlockSpec]]:
+    """(name in the kernel, array, block) of everything the kernel reads."""
+    p, bm, bn, bk = plan.problem, plan.block_m, plan.block_n, plan.block_k
+    last = plan.steps_k - 1
+    # A prepared lhs is not read again after the first column block: stay on its last block.
+    reuse = plan.prepare_lhs and not plan.megacore_rows
+    of_lhs = lambda j, k: jnp.where(j == 0, k, last) if reuse and last else k
+    batched = lambda x, b: b if x.shape[0] > 1 else 0
+    out = [
+        (
+            "lhs",
+            lhs.values,
+            pl.BlockSpec((1, bm, bk), lambda b, i, j, k: (batched(lhs, b), i, of_lhs(j, k))),
+        ),
+    ]
+    if p.rhs_transposed:
+        out.append(
+            ("rhs", rhs.values, pl.BlockSpec((1, bn, bk), lambda b, i, j, k: (batched(rhs, b), j, k)))
+        )
+    else:
+        out.append(
+            ("rhs", rhs.values, pl.BlockSpec((1, bk, bn), lambda b, i, j, k: (batched(rhs, b), k, j)))
+        )
+    if plan.rows_given:
+        assert p.quantize_lhs is not None
+        top = jnp.max(jnp.abs(lhs.values), axis=2, keepdims=True).astype(jnp.float32)
+        out.append(_lhs_side(plan, "lhs_scale", row_scale(top, p.quantize_lhs)))
+    if lhs.scale is not None:
+        out.append(_lhs_side(plan, "lhs_scale", lhs.scale))
+    if lhs.zero_point is not None:
+        out.append(_lhs_side(plan, "lhs_zero", _wide(lhs.zero_point)))
+    if rhs.scale is not None:
+        out.append(_rhs_side(plan, "rhs_scale", rhs.scale))
+    if rhs.zero_point is not None:
+        out.append(_rhs_side(plan, "rhs_zero", _wide(rhs.zero_point)))
+    return out
+
+
+def _wide(zero: jax.Array) -> jax.Array:
+    return zero.astype(jnp.int32).astype(jnp.float32)
+
+
+def _lhs_side(plan: Plan, name: str, x: jax.Array) -> tuple[str, jax.Array, pl.BlockSpec]:
+    """[batch, M', K'] scales or zero points as [batch, K blocks, M, tiles of a block]."""
+    p = plan.problem
+    x = _by_block(plan, _expand(_expand(x, 1, p.m), 0, p.lhs.batch), plan.lhs_tile, axis=2)
+    block = (1, 1, plan.block_m, x.shape[3])
+    return name, x, pl.BlockSpec(block, lambda b, i, j, k: (_or_0(x, 0, b), _or_0(x, 1, k), i, 0))
+
+
+def _rhs_side(plan: Plan, name: str, x: jax.Array) -> tuple[str, jax.Array, pl.BlockSpec]:
+    """Scales or zero points of the rhs as [batch, K blocks, tiles of a block, N].
+
+    Only where they go on a transposed rhs before the dot do they keep its order: [batch, K blocks, N, tiles].
+    """
+    p = plan.problem
+    free, along = (1, 2) if p.rhs_transposed else (2, 1)
+    x = _expand(_expand(x, free, p.n), 0, p.rhs.batch)
+    if p.rhs_transposed and plan.folds_rhs:
+        x = _by_block(plan, x, plan.rhs_tile, axis=2)
+        block = (1, 1, plan.block_n, x.shape[3])
+        return name, x, pl.BlockSpec(block, lambda b, i, j, k: (_or_0(x, 0, b), _or_0(x, 1, k), j, 0))
+    if p.rhs_transposed:
+        x = jnp.swapaxes(x, 1, 2)
+    x = _by_block(plan, x, plan.rhs_tile, axis=1)
+    block = (1, 1, x.shape[2], plan.block_n)
+    return name, x, pl.BlockSpec(block, lambda b, i, j, k: (_or_0(x, 0, b), _or_0(x, 1, k), 0, j))
+
+
+def _or_0(x: jax.Array, axis: int, index: Any) -> Any:
+    return index if x.shape[axis] > 1 else 0
+
+
+def _expand(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """One entry per element along a free axis; a single one along the batch stays."""
+    if x.shape[axis] == size or (axis == 0 and x.shape[0] == 1):
+        return x
+    return jnp.repeat(x, size // x.shape[axis], axis=axis, total_repeat_length=size)
+
+
+def _by_block(plan: Plan, x: jax.Array, tile: int, axis: int) -> jax.Array:
+    """Splits the K tiles of a rank-3 array into (K blocks, tiles of a block), K blocks first after the batch."""
+    if not tile:
+        return x[:, None]
+    per_block = plan.block_k // tile
+    missing = plan.steps_k * per_block - x.shape[axis]
+    if missing:
+        x = jnp.pad(x, [(0, missing if a == axis else 0) for a in range(3)])
+    shape = x.shape
+    if axis == 1:
+        return x.reshape(shape[0], plan.steps_k, per_block, shape[2])
+    return jnp.swapaxes(x.reshape(shape[0], shape[1], plan.steps_k, per_block), 1, 2)
+
+
+def _scratch(plan: Plan) -> dict[str, Any]:
+    bm, bn, bk = plan.block_m, plan.block_n, plan.block_k
+    out: dict[str, Any] = {}
+    if plan.steps_k > 1:
+        out["acc"] = pltpu.VMEM((bm, bn), jnp.dtype(plan.acc))
+    if plan.prepare_lhs:
+        out["lhs_ready"] = pltpu.VMEM((plan.steps_k, bm, bk), jnp.dtype(plan.lhs_dot))
+    if plan.problem.quantize_lhs is not None and not plan.rows_given:
+        out["row_scale"] = pltpu.VMEM((plan.steps_k, bm, plan.lhs_tiles()), jnp.float32)
+    if plan.prepare_rhs:
+        shape = (bn, bk) if plan.problem.rhs_transposed else (bk, bn)
+        out["rhs_ready"] = pltpu.VMEM(shape, jnp.dtype(plan.rhs_dot))
+    return out
+
+
+def _cost(plan: Plan, arrays: tuple[jax.Array, ...]) -> pl.CostEstimate:
+    p = plan.problem
+    from qwix_kernels.problem import dtype_bits
+
+    moved = sum(a.size * dtype_bits(a.dtype.name) // 8 for a in arrays)
+    moved += p.batch * p.m * p.n * dtype_bits(p.out_dtype) // 8
+    return pl.CostEstimate(flops=2 * p.batch * p.m * p.n * p.k, bytes_accessed=moved, transcendentals=0)
+
+
+_ = pl_cdiv

@@ -1,0 +1,270 @@
+"""What the TPU kernel will do for one problem on one chip: resolved once, from static facts only.
+
+A plan fixes the dtypes on the matrix unit, which operand is rewritten in VMEM first, where each scale is applied and how
+much of K one partial dot may cover. `resolve` raises NotImplementedError, naming the constraint, for what the kernel
+does not do; `tpu_kernel.py` then trusts the plan.
+
+Where a scale that changes along K is applied:
+    after    each K tile is its own dot, whose result is scaled into a float32 accumulator
+    before   the values are dequantized to bfloat16 in VMEM, then one dot takes the whole block
+    once     no scale changes along K (scales per row and per column are always applied last, on the accumulator)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from qwix_kernels.chips import Chip
+from qwix_kernels.problem import MatmulProblem, Operand, dtype_bits
+
+STRATEGIES = ("once", "after", "before")
+LANES = 128
+VMEM_SHARE = 0.75  # the compiler's own temporaries live in the rest
+# |q| <= 128 makes every product at most 2^14, and float32 counts exactly up to 2^24.
+EXACT_BITS = 24
+_INT8_BITS, _INT4_BITS = 7, 3  # log2 of the largest magnitude
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Block sizes (elements of M, N and K) and where K-wise scales are applied (one of `STRATEGIES`)."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    strategy: str = "once"
+
+    def __post_init__(self):
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {STRATEGIES}, got {self.strategy!r}.")
+        sizes = (self.block_m, self.block_n, self.block_k)
+        if not all(isinstance(s, int) and s > 0 for s in sizes):
+            raise ValueError(f"Block sizes must be positive integers, got {sizes}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """See the module's header. Sizes are elements."""
+
+    problem: MatmulProblem
+    block_m: int
+    block_n: int
+    block_k: int
+    strategy: str
+    lhs_dot: str  # dtype on the matrix unit
+    rhs_dot: str
+    chunk: int  # K of one partial dot whose sum is exact (integers) or shares its scales ("after")
+    prepare_lhs: bool  # rewritten into VMEM once per row block, reused by every column block
+    prepare_rhs: bool  # rewritten into VMEM in every step
+    integer: bool  # accumulates in int32
+    rows_given: bool  # row scales of `quantize_lhs` come from outside: the row does not fit one block
+    megacore_rows: bool  # prepare the lhs in every step, so that the column blocks may run on both cores
+
+    @property
+    def steps_k(self) -> int:
+        return pl_cdiv(self.problem.k, self.block_k)
+
+    @property
+    def grid(self) -> tuple[int, int, int, int]:
+        p = self.problem
+        return p.batch, pl_cdiv(p.m, self.block_m), pl_cdiv(p.n, self.block_n), self.steps_k
+
+    @property
+    def k_tail(self) -> bool:
+        """Whether the last block of K reaches past the operands."""
+        return self.problem.k % self.block_k != 0
+
+    @property
+    def lhs_tile(self) -> int:
+        """Run of K that shares a scale of the lhs, or 0 where its scale (if any) is the same for the whole K."""
+        q = self.problem.quantize_lhs
+        return k_tile(self.problem.lhs, self.problem.k) if q is None else q.tile_k % self.problem.k
+
+    @property
+    def rhs_tile(self) -> int:
+        return k_tile(self.problem.rhs, self.problem.k)
+
+    @property
+    def scales_lhs(self) -> bool:
+        return self.problem.lhs.is_quantized or self.problem.quantize_lhs is not None
+
+    @property
+    def folds_lhs(self) -> bool:
+        """Whether the prepared lhs has its scale in it already."""
+        return self.strategy == "before" and self.lhs_tile > 0
+
+    @property
+    def folds_rhs(self) -> bool:
+        return self.strategy == "before" and self.rhs_tile > 0
+
+    @property
+    def partial(self) -> str:
+        """dtype of one partial dot."""
+        return "int32" if jnp.issubdtype(self.lhs_dot, jnp.integer) else "float32"
+
+    @property
+    def acc(self) -> str:
+        return "int32" if self.integer and self.strategy == "once" else "float32"
+
+    def lhs_tiles(self, block: int | None = None) -> int:
+        """Scales along K in one block (at least one)."""
+        return (block or self.block_k) // self.lhs_tile if self.lhs_tile else 1
+
+    def rhs_tiles(self, block: int | None = None) -> int:
+        return (block or self.block_k) // self.rhs_tile if self.rhs_tile else 1
+
+
+def pl_cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def k_tile(x: Operand, k: int) -> int:
+    """The tile along K, or 0 where one scale (or none) covers the whole K."""
+    return x.tile_k if x.is_quantized and x.tile_k < k else 0
+
+
+def stored(problem: MatmulProblem) -> tuple[str, str]:
+    """(lhs, rhs) element types after dynamic quantization; a codebook's name where there is one."""
+    lhs = problem.quantize_lhs.dtype if problem.quantize_lhs else problem.lhs.codebook or problem.lhs.dtype
+    return lhs, problem.rhs.codebook or problem.rhs.dtype
+
+
+def is_int(dtype: str) -> bool:
+    return dtype.startswith(("int", "uint"))
+
+
+def is_integer_problem(problem: MatmulProblem) -> bool:
+    return all(is_int(d) for d in stored(problem))
+
+
+def dot_dtypes(problem: MatmulProblem, chip: Chip, strategy: str) -> tuple[str, str]:
+    """What the matrix unit is fed on either side.
+
+    Exact by construction: int4 fits int8 and float8_e4m3fn; int8 and fp8 fit bfloat16. A float32 operand is rounded to
+    bfloat16, the unit's own default precision.
+    """
+    lhs, rhs = stored(problem)
+    folded = strategy == "before"
+    if folded or "nf4" in (lhs, rhs) or "uint8" in (lhs, rhs):
+        return "bfloat16", "bfloat16"
+    if is_int(lhs) and is_int(rhs):
+        if lhs == rhs == "int4" and chip.is_native("int4", "int4"):
+            return "int4", "int4"
+        if chip.is_native("int8", "int8"):
+            return "int8", "int8"
+        return "bfloat16", "bfloat16"
+    if is_fp8(lhs) and is_fp8(rhs) and chip.is_native(lhs, rhs):
+        return lhs, rhs
+    if is_wide(lhs) and is_narrow(rhs):
+        return "bfloat16", rhs  # Mosaic widens it on the way into the matrix unit
+    return "bfloat16", "bfloat16"
+
+
+def is_fp8(dtype: str) -> bool:
+    return dtype.startswith("float8")
+
+
+def is_wide(dtype: str) -> bool:
+    return dtype in ("bfloat16", "float32")
+
+
+def is_narrow(dtype: str) -> bool:
+    return dtype in ("int8", "int4") or is_fp8(dtype)
+
+
+def _exact_chunk(problem: MatmulProblem, lhs_dot: str) -> int:
+    """The longest K whose integer dot is exact on a float unit (any K on an integer unit)."""
+    if lhs_dot.startswith("int") or not is_integer_problem(problem):
+        return problem.k
+    bits = sum(dtype_bits(d) - (not d.startswith("u")) for d in stored(problem))
+    return 1 << (EXACT_BITS - bits)
+
+
+def resolve(problem: MatmulProblem, chip: Chip, config: Config) -> Plan:
+    """The plan of `config`. Raises NotImplementedError where it does not fit the problem or the chip's VMEM."""
+    p = problem
+    tiles = [t for t in (k_tile(p.lhs, p.k), k_tile(p.rhs, p.k), _row_tile(p)) if t]
+    if bool(tiles) == (config.strategy == "once"):
+        raise NotImplementedError(
+            f"strategy {config.strategy!r} with K tiles {tiles}: 'once' is for problems without them, "
+            f"'after' and 'before' for those with"
+        )
+    _check_blocks(p, config, tiles)
+    lhs_dot, rhs_dot = dot_dtypes(p, chip, config.strategy)
+    chunk = min(config.block_k, _exact_chunk(p, lhs_dot))
+    if config.strategy == "after":
+        chunk = _after_chunk(p, tiles, chunk)
+    lhs, rhs = stored(p)
+    k_tail = p.k % config.block_k != 0
+    zero_in_place = config.strategy == "before"
+    plan = Plan(
+        problem=p,
+        block_m=config.block_m,
+        block_n=config.block_n,
+        block_k=config.block_k,
+        strategy=config.strategy,
+        lhs_dot=lhs_dot,
+        rhs_dot=rhs_dot,
+        chunk=chunk,
+        prepare_lhs=k_tail or lhs != lhs_dot or p.quantize_lhs is not None,
+        prepare_rhs=k_tail or rhs == "nf4" or (zero_in_place and (p.rhs.zero_point or k_tile(p.rhs, p.k) > 0)),
+        integer=is_integer_problem(p) and config.strategy == "once",
+        rows_given=p.quantize_lhs is not None and not _row_tile(p) and config.block_k < p.k,
+        megacore_rows=chip.name == "v5p" and p.batch * pl_cdiv(p.m, config.block_m) < chip.cores,
+    )
+    need = vmem_bytes(plan)
+    if need > VMEM_SHARE * chip.vmem_bytes:
+        raise NotImplementedError(
+            f"{config} needs {need >> 20} MiB of VMEM for {p.m}x{p.k}x{p.n}, "
+            f"{chip.name} has {int(VMEM_SHARE * chip.vmem_bytes) >> 20} MiB for it"
+        )
+    return plan
+
+
+def _row_tile(p: MatmulProblem) -> int:
+    return p.quantize_lhs.tile_k % p.k if p.quantize_lhs else 0
+
+
+def _after_chunk(p: MatmulProblem, tiles: list[int], exact: int) -> int:
+    small = min(tiles)
+    if small % LANES or any(t % small for t in tiles):
+        raise NotImplementedError(f"strategy 'after' needs K tiles of {LANES}s that divide each other, got {tiles}")
+    return small if small <= exact else math.gcd(small, exact)
+
+
+def _check_blocks(p: MatmulProblem, config: Config, tiles: list[int]) -> None:
+    if config.block_m % 8 or (config.block_m > 32 and config.block_m % 32):
+        raise NotImplementedError(f"block_m must be 8, 16, 24 or a multiple of 32, got {config}")
+    if config.block_n % LANES and config.block_n != p.n:
+        raise NotImplementedError(f"block_n must be a multiple of {LANES} or N={p.n}, got {config}")
+    if config.block_k != p.k:
+        unit = math.lcm(LANES, *tiles)
+        if config.block_k % unit or config.block_k > p.k:
+            raise NotImplementedError(f"block_k must be K={p.k} or a smaller multiple of {unit}, got {config}")
+
+
+def vmem_bytes(plan: Plan) -> int:
+    """VMEM that the blocks (two of each), the scratch and the largest temporaries take, in bytes."""
+    p, bm, bn, bk = plan.problem, plan.block_m, plan.block_n, plan.block_k
+    bits = lambda d: dtype_bits(d)
+    lhs = bm * _pad(bk) * bits(p.lhs.dtype) // 8
+    rhs = _pad(bn) * _pad(bk) * bits(p.rhs.dtype) // 8
+    out = bm * _pad(bn) * bits(p.out_dtype) // 8
+    scales = 0
+    if p.rhs.is_quantized:
+        scales += (1 + p.rhs.zero_point) * (_pad(plan.rhs_tiles(), 8) * _pad(bn) * 4)
+    if plan.scales_lhs:
+        scales += (1 + p.lhs.zero_point) * bm * _pad(plan.lhs_tiles()) * 4
+    scratch = bm * _pad(bn) * 4  # the accumulator, or the dot's own result
+    if plan.prepare_lhs:
+        scratch += plan.steps_k * bm * _pad(bk) * bits(plan.lhs_dot) // 8
+    if plan.prepare_rhs or p.rhs.dtype != plan.rhs_dot:
+        scratch += _pad(bn) * _pad(bk) * bits(plan.rhs_dot) // 8
+    return 2 * (lhs + rhs + out + scales) + scratch
+
+
+def _pad(size: int, unit: int = LANES) -> int:
+    return pl_cdiv(size, unit) * unit

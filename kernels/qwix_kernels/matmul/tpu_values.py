@@ -1,0 +1,140 @@
+"""Values inside the TPU kernel: widening, narrowing, codebooks, scales along lanes, dynamic quantization of rows.
+
+Everything works on [rows, lanes] blocks in VMEM. A "group" is what is rewritten at a time: a slice of lanes (or rows)
+and the scale tiles in it as (tile, start, stop) in the block's own coordinates.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qwix_kernels.matmul.tpu_plan import LANES
+from qwix_kernels.problem import CODEBOOKS, RowQuantize
+
+Group = tuple[slice, list[tuple[int, int, int]]]
+
+
+def lane_groups(size: int, tile: int) -> list[Group]:
+    """Slices of `size` lanes with the tiles in each; without tiles, slices of 512 lanes.
+
+    >>> lane_groups(256, 64)[0]
+    (slice(0, 128, None), [(0, 0, 64), (1, 64, 128)])
+    """
+    width = 4 * LANES if not tile else tile if tile % LANES == 0 else LANES
+    return _groups(size, tile, width)
+
+
+def row_groups(size: int, tile: int) -> list[Group]:
+    """Slices of `size` rows, each of whole tiles and, where it can be, of whole native tiles of 4-bit values."""
+    width = 2 * LANES if not tile else math.lcm(tile, LANES)
+    return _groups(size, tile, width)
+
+
+def _groups(size: int, tile: int, width: int) -> list[Group]:
+    groups = []
+    for lo in range(0, size, width):
+        hi = min(lo + width, size)
+        tile_of = lambda i: i // tile if tile else 0
+        spans = range(tile_of(lo), tile_of(hi - 1) + 1)
+        groups.append(
+            (slice(lo, hi), [(t, max(lo, t * tile), min(hi, (t + 1) * tile) if tile else hi) for t in spans])
+        )
+    return groups
+
+
+def widen(x: jax.Array, codebook: str | None) -> jax.Array:
+    """The represented numbers in float32."""
+    if codebook is not None:
+        return look_up(x, codebook)
+    if jnp.issubdtype(x.dtype, jnp.unsignedinteger):
+        x = x.astype(jnp.int32)
+    return x.astype(jnp.float32)
+
+
+def narrow(x: jax.Array, dtype: str) -> jax.Array:
+    """`x` in the matrix unit's dtype, which holds it exactly or is a float."""
+    if x.dtype == jnp.dtype(dtype):
+        return x
+    if jnp.issubdtype(x.dtype, jnp.unsignedinteger) or (
+        jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.integer)
+    ):
+        x = x.astype(jnp.int32)
+    return x.astype(dtype)
+
+
+def look_up(codes: jax.Array, codebook: str) -> jax.Array:
+    """The codebook's float32 values, by a tree of selects on the bits of the code."""
+    codes = codes.astype(jnp.int32)
+    level: list[Any] = [jnp.float32(v) for v in CODEBOOKS[codebook]]
+    for bit in range(int(math.log2(len(level)))):
+        is_set = (codes & (1 << bit)) != 0
+        level = [jnp.where(is_set, hi, lo) for lo, hi in zip(level[::2], level[1::2], strict=True)]
+    return level[0]
+
+
+def zero_past(x: jax.Array, limit: jax.Array | None, start: int, axis: int) -> jax.Array:
+    """`x` with zeros where its index along `axis`, counted from `start`, reaches `limit`."""
+    if limit is None:
+        return x
+    index = lax.broadcasted_iota(jnp.int32, x.shape, axis) + start
+    return jnp.where(index < limit, x, jnp.zeros_like(x))
+
+
+def select_lanes(columns: list[jax.Array], tiles: list[tuple[int, int, int]], lanes: slice) -> jax.Array:
+    """[rows, 1] columns, one per tile, each repeated over its tile's lanes."""
+    out = columns[-1]
+    if len(tiles) == 1:
+        return out
+    rows = out.shape[0]
+    index = lax.broadcasted_iota(jnp.int32, (rows, lanes.stop - lanes.start), 1) + lanes.start
+    for (_, _, stop), column in reversed(list(zip(tiles[:-1], columns[:-1], strict=True))):
+        out = jnp.where(index < stop, column, out)
+    return out
+
+
+def spread(ref: Any, at: tuple, tiles: list[tuple[int, int, int]], lanes: slice) -> jax.Array:
+    """Scales ref[*at, tile] in float32, repeated over the lanes of the group."""
+    columns = [ref[(*at, slice(t, t + 1))].astype(jnp.float32) for t, _, _ in tiles]
+    return select_lanes(columns, tiles, lanes)
+
+
+def row_absmax(pieces: list[jax.Array]) -> jax.Array:
+    """max |x| of each row over all pieces, [rows, 1]: across the vector registers first, then over the lanes."""
+    by_width: dict[int, jax.Array] = {}
+    for piece in pieces:
+        for lo in range(0, piece.shape[1], LANES):
+            x = jnp.abs(piece[:, lo : lo + LANES])
+            width = x.shape[1]
+            by_width[width] = jnp.maximum(by_width[width], x) if width in by_width else x
+    tops = [jnp.max(x, axis=1, keepdims=True) for x in by_width.values()]
+    return tops[0] if len(tops) == 1 else jnp.maximum(tops[0], tops[1])
+
+
+def tile_scales(x: jax.Array, tiles: list[tuple[int, int, int]], lanes: slice, how: RowQuantize) -> list[jax.Array]:
+    """One scale per row for each tile of the group."""
+    if len(tiles) == 1:
+        return [row_scale(row_absmax([x]), how)]
+    size = jnp.abs(x)
+    index = lax.broadcasted_iota(jnp.int32, x.shape, 1) + lanes.start
+    inside = lambda lo, hi: jnp.where((index >= lo) & (index < hi), size, jnp.zeros_like(size))
+    return [row_scale(jnp.max(inside(lo, hi), axis=1, keepdims=True), how) for _, lo, hi in tiles]
+
+
+def row_scale(absmax: jax.Array, how: RowQuantize) -> jax.Array:
+    """absmax / bound, and 1 where that is too small to divide by."""
+    scale = absmax / jnp.float32(how.bound)
+    return jnp.where(scale < jnp.float32(math.sqrt(jnp.finfo(jnp.float32).tiny)), 1.0, scale)
+
+
+def quantize(x: jax.Array, how: RowQuantize) -> jax.Array:
+    """Scaled float32 values rounded to `how.dtype`'s grid; integers as float32, floats in their dtype."""
+    if jnp.issubdtype(how.dtype, jnp.integer):
+        info = jnp.iinfo(how.dtype)
+        return jnp.clip(jnp.round(x), max(info.min, -math.floor(how.bound) - 1), min(info.max, math.floor(how.bound)))
+    top = float(jnp.finfo(how.dtype).max)
+    return jnp.clip(x, -top, top).astype(how.dtype)
