@@ -120,6 +120,7 @@ def choose(
     chip: Chip,
     implementation: str | Sequence[str] | None = None,
     config: Any = None,
+    kernels_refused: str | None = None,
 ) -> tuple[Implementation, Explanation]:
     """The first allowed implementation that can run `problem` on `chip`.
 
@@ -132,7 +133,7 @@ def choose(
     rejected: list[tuple[str, str]] = []
     for impl in candidates:
         try:
-            estimate, used, source = _plan(impl, problem, chip, config)
+            estimate, used, source = _plan(impl, problem, chip, config, kernels_refused)
             fallback = candidates[-1]
             if implementation is None and impl is not fallback:
                 _refuse_slower(estimate, fallback.estimate(problem, chip, None), fallback.name)
@@ -193,12 +194,16 @@ def warn_of_fallback(explanation: Explanation, chip: Chip) -> None:
 _WARNED: set[tuple[str, str, str]] = set()
 
 
-def _plan(impl: Implementation, problem: Any, chip: Chip, config: Any) -> tuple[Estimate, Any, str | None]:
+def _plan(
+    impl: Implementation, problem: Any, chip: Chip, config: Any, kernels_refused: str | None
+) -> tuple[Estimate, Any, str | None]:
     """(cost, config, where the config is from) of `impl`, or NotImplementedError."""
     if impl.platforms and chip.platform not in impl.platforms:
         raise NotImplementedError(
             f"runs on {', '.join(impl.platforms)}, not on {chip.platform} ({chip.name})"
         )
+    if impl.platforms and kernels_refused:
+        raise NotImplementedError(kernels_refused)
     impl.check(problem, chip)
     if impl.heuristic_config is None or impl.config_type is None:
         return impl.estimate(problem, chip, None), None, None

@@ -3,17 +3,20 @@
 Canonical form, the only one that kernels see:
 
     lhs   [batch, M, K]      rhs   [batch, K, N]  (or [batch, N, K] when `rhs_transposed`)
-    scale has the rank and the axis order of its values; along each axis its size divides the values' size, and
-    entry i covers the i-th run of size/len(scale) neighbours. The represented value is (q - zero_point) * scale.
-    zero_point has the scale's shape and the values' dtype. A batch of 1 is shared by all batches of the other side.
+    scale has the rank and the axis order of its values; along each axis its size divides the values' size,
+    and entry i covers the i-th run of size/len(scale) neighbours. The represented value is (q - zero_point) *
+    scale. zero_point has the scale's shape and the values' dtype. A batch of 1 is shared by all batches of
+    the other side.
 
-`MatmulProblem` says all of it without the arrays, so that dispatch, tuning, pricing and reports need no device.
+`MatmulProblem` says all of it without the arrays, so that dispatch, tuning, pricing and reports need no
+device.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -81,13 +84,35 @@ class RowQuantize:
     """Dynamic symmetric absmax quantization of a float lhs, row by row, inside the matmul.
 
     For each row and each run of `tile_k` along K (0: the whole row), in float32:
-        scale = max|x| / bound  (1 where that is below sqrt of float32's smallest normal)
+        scale = max|x| * (1 / bound)  (1 where that is below sqrt of float32's smallest normal)
         q     = convert(x * (1 / scale))   integers: round half to even, then clip; floats: clip, then cast
+    The clip is to `limits`.
+    The reciprocal of the bound is one float32 constant: compilers turn a division by a constant into that
+    product anyway, and the greatest element of a row lies on a rounding boundary, where the last bit shows.
     """
 
     dtype: str
     bound: float
     tile_k: int = 0
+
+    @property
+    def reciprocal(self) -> float:
+        """1 / bound, correctly rounded to float32."""
+        return float(np.float32(1) / np.float32(self.bound))
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The least and the greatest stored value; narrower than the dtype where the bound says so.
+
+        >>> RowQuantize("int8", 127.5).limits, RowQuantize("int8", 31.5).limits
+        ((-128.0, 127.0), (-32.0, 31.0))
+        """
+        if jnp.issubdtype(self.dtype, jnp.integer):
+            info = jnp.iinfo(self.dtype)
+            low, high = -math.floor(self.bound + 0.5), math.floor(self.bound)
+            return float(max(low, info.min)), float(min(high, info.max))
+        most = float(jnp.finfo(self.dtype).max)
+        return -most, most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +127,7 @@ class MatmulProblem:
     out_dtype: str
     rhs_transposed: bool = False
     quantize_lhs: RowQuantize | None = None
-    precision: str | None = None  # None or "default": the unit's own; "high"/"highest" as in jax.lax.Precision
+    precision: str | None = None  # None or "default": the unit's own; "high"/"highest" as for jax.lax.dot
 
     @property
     def batch(self) -> int:
@@ -122,7 +147,9 @@ def _short(dtype: str) -> str:
         return "f8"
     if dtype.startswith("float4"):
         return "f4"
-    return {"bfloat16": "16", "float16": "16", "float32": "32"}.get(dtype) or dtype.removeprefix("u").removeprefix("int")
+    return {"bfloat16": "16", "float16": "16", "float32": "32"}.get(dtype) or dtype.removeprefix(
+        "u"
+    ).removeprefix("int")
 
 
 def dtype_bits(dtype: str) -> int:

@@ -42,6 +42,11 @@ def use(config: Any) -> Iterator[None]:
         _CONTEXT.reset(token)
 
 
+def ambient() -> Any:
+    """The config of the innermost `use`, or None."""
+    return _CONTEXT.get()
+
+
 def key(problem: MatmulProblem) -> str:
     """The problem in one line that stays the same between versions: the key of the tables.
 
@@ -83,8 +88,8 @@ def candidates(
             )
         yield explicit, "explicit"
         return
-    if isinstance(_CONTEXT.get(), config_type):
-        yield _CONTEXT.get(), "context"
+    if isinstance(ambient(), config_type):
+        yield ambient(), "context"
     name = key(problem)
     for path, source, outer in (
         (_user_file(), "user cache", (chip.name,)),

@@ -1,0 +1,188 @@
+"""From arrays to a `MatmulProblem`: every check of what a caller may give, and the type of the result.
+
+Only shapes and dtypes are read, so `jax.ShapeDtypeStruct`s serve as well as arrays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwix_kernels.problem import CODEBOOKS, MatmulProblem, Operand, RowQuantize, Tensor
+
+_PRECISIONS = ("default", "high", "highest")
+
+
+def problem_of(
+    lhs: Tensor | jax.Array | jax.ShapeDtypeStruct,
+    rhs: Tensor | jax.Array | jax.ShapeDtypeStruct,
+    *,
+    quantize_lhs: RowQuantize | None = None,
+    rhs_transposed: bool = False,
+    out_dtype: Any = None,
+    precision: Any = None,
+) -> MatmulProblem:
+    """Describes the matmul of these operands, or says what is wrong with them.
+
+    Args: as for `qwix_kernels.matmul.matmul`.
+
+    Raises ValueError for shapes, tiles or options that disagree, TypeError for dtypes that no matmul takes.
+
+    >>> x = jax.ShapeDtypeStruct((1, 16, 256), jnp.bfloat16)
+    >>> w = jax.ShapeDtypeStruct((1, 256, 128), jnp.int4)
+    >>> scale = jax.ShapeDtypeStruct((1, 2, 128), jnp.bfloat16)
+    >>> problem_of(x, Tensor(w, scale)).scheme
+    'w4a16_g128'
+    """
+    lhs, rhs = as_tensor(lhs), as_tensor(rhs)
+    left = _operand(lhs, "lhs", free=1, contracting=2)
+    right = (
+        _operand(rhs, "rhs", free=1, contracting=2)
+        if rhs_transposed
+        else _operand(rhs, "rhs", free=2, contracting=1)
+    )
+    k, rhs_k = lhs.shape[2], rhs.shape[2 if rhs_transposed else 1]
+    if k != rhs_k:
+        raise ValueError(
+            f"K disagrees: lhs [batch, M, K] is {lhs.shape}, rhs "
+            f"{'[batch, N, K]' if rhs_transposed else '[batch, K, N]'} is {rhs.shape}: {k} against {rhs_k}."
+        )
+    if left.batch != right.batch and 1 not in (left.batch, right.batch):
+        raise ValueError(
+            f"Batches disagree: lhs has {left.batch}, rhs {right.batch}. Make them equal, or one of them 1."
+        )
+    if quantize_lhs is not None:
+        _check_row_quantize(quantize_lhs, left, k)
+    exact = left.is_integer and right.is_integer and not (left.is_quantized or right.is_quantized)
+    default = jnp.int32 if exact else jnp.result_type(_value_dtype(left), _value_dtype(right))
+    out = jnp.dtype(out_dtype if out_dtype is not None else default)
+    if not (jnp.issubdtype(out, jnp.floating) or (exact and out == jnp.int32)):
+        also = ", or int32 for integers without scales" if exact else ""
+        raise TypeError(f"out_dtype is {out}; it must be a float{also}.")
+    return MatmulProblem(
+        m=left.free,
+        k=k,
+        n=right.free,
+        lhs=left,
+        rhs=right,
+        out_dtype=out.name,
+        rhs_transposed=rhs_transposed,
+        quantize_lhs=quantize_lhs,
+        precision=_precision(precision),
+    )
+
+
+def as_tensor(x: Any) -> Tensor:
+    """A plain array as a `Tensor` without a scale; a `Tensor` as it is."""
+    return x if isinstance(x, Tensor) else Tensor(x)
+
+
+def _operand(x: Tensor, side: str, free: int, contracting: int) -> Operand:
+    shape, dtype = tuple(x.values.shape), jnp.dtype(x.values.dtype)
+    if len(shape) != 3:
+        raise ValueError(f"{side} must have 3 axes (batch and two of the matrix), got shape {shape}.")
+    _check_dtype(x, side, dtype)
+    if x.scale is None:
+        if x.zero_point is not None:
+            raise ValueError(f"{side} has a zero point and no scale; give both, or neither.")
+        return Operand(dtype.name, shape[0], shape[free], codebook=x.codebook)
+    scale = tuple(x.scale.shape)
+    if len(scale) != 3 or any(d % s if s else d for d, s in zip(shape, scale, strict=True)):
+        raise ValueError(
+            f"The scale of {side} has shape {scale}; each size must divide that of the values, {shape}."
+        )
+    if not jnp.issubdtype(x.scale.dtype, jnp.floating):
+        raise TypeError(f"The scale of {side} must be floating, got {x.scale.dtype}.")
+    if x.zero_point is not None:
+        _check_zero_point(x, side)
+    return Operand(
+        dtype=dtype.name,
+        batch=shape[0],
+        free=shape[free],
+        scale_dtype=jnp.dtype(x.scale.dtype).name,
+        tile_free=max(1, shape[free] // max(1, scale[free])),
+        tile_k=max(1, shape[contracting] // max(1, scale[contracting])),
+        zero_point=x.zero_point is not None,
+        codebook=x.codebook,
+    )
+
+
+def _check_dtype(x: Tensor, side: str, dtype: jnp.dtype) -> None:
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    if not (jnp.issubdtype(dtype, jnp.floating) or (integer and jnp.iinfo(dtype).bits <= 16)):
+        raise TypeError(f"{side} has dtype {dtype}; a matmul takes integers of at most 16 bits and floats.")
+    if x.codebook is None:
+        return
+    if x.codebook not in CODEBOOKS:
+        raise ValueError(f"{side} has codebook {x.codebook!r}; known: {', '.join(CODEBOOKS)}.")
+    if not integer or jnp.iinfo(dtype).max < len(CODEBOOKS[x.codebook]) - 1:
+        raise TypeError(f"{side} holds indices into {x.codebook!r} and needs uint4 or wider, got {dtype}.")
+
+
+def _check_zero_point(x: Tensor, side: str) -> None:
+    if x.codebook is not None:
+        raise ValueError(
+            f"{side} has codebook {x.codebook!r} and a zero point; only plain values can have one."
+        )
+    if tuple(x.zero_point.shape) != tuple(x.scale.shape):
+        raise ValueError(
+            f"The zero point of {side} has shape {tuple(x.zero_point.shape)}, its scale "
+            f"{tuple(x.scale.shape)}; they must be equal."
+        )
+    if jnp.dtype(x.zero_point.dtype) != jnp.dtype(x.values.dtype):
+        raise TypeError(
+            f"The zero point of {side} has dtype {x.zero_point.dtype}, its values {x.values.dtype}; "
+            "they must be equal."
+        )
+
+
+def _check_row_quantize(how: RowQuantize, left: Operand, k: int) -> None:
+    if left.is_quantized or left.codebook or not jnp.issubdtype(left.dtype, jnp.floating):
+        raise ValueError(f"quantize_lhs needs a plain float lhs, got {left}.")
+    integer = jnp.issubdtype(how.dtype, jnp.integer)
+    if not (jnp.issubdtype(how.dtype, jnp.floating) or (integer and jnp.iinfo(how.dtype).bits <= 16)):
+        raise TypeError(
+            f"quantize_lhs.dtype is {how.dtype!r}; it must be an integer of at most 16 bits or a float."
+        )
+    if not how.bound > 0:
+        raise ValueError(f"quantize_lhs.bound is {how.bound}; it must be positive.")
+    if how.tile_k < 0 or (how.tile_k and k % how.tile_k):
+        raise ValueError(
+            f"quantize_lhs.tile_k is {how.tile_k}, which does not divide K={k}. "
+            f"Give 0 (the whole row) or one of {divisors(k)}."
+        )
+
+
+def _value_dtype(x: Operand) -> jnp.dtype:
+    """The dtype of the values that an operand represents."""
+    if x.scale_dtype is not None and jnp.finfo(x.scale_dtype).bits > 8:
+        return jnp.dtype(x.scale_dtype)
+    if x.is_integer and not x.is_quantized:
+        return jnp.dtype(jnp.int32)
+    return jnp.dtype(jnp.bfloat16) if x.bits <= 8 else jnp.dtype(x.dtype)
+
+
+def _precision(given: Any) -> str | None:
+    """None, "high" or "highest"; "default" is None, so that equal problems compare equal."""
+    if isinstance(given, tuple | list):
+        names = [p for p in map(_precision, given) if p]
+        return max(names, key=_PRECISIONS.index) if names else None
+    if given is None:
+        return None
+    name = given.name.lower() if isinstance(given, jax.lax.Precision) else given
+    if name not in _PRECISIONS:
+        raise ValueError(
+            f"precision must be None, a jax.lax.Precision or one of {_PRECISIONS}, got {given!r}."
+        )
+    return None if name == "default" else name
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of n in order.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    return [d for d in range(1, n + 1) if n % d == 0]

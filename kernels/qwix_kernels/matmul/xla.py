@@ -1,0 +1,246 @@
+"""The portable matmul: runs on every platform, refuses nothing, and is what a CPU uses.
+
+Three ways, by what the operands are.
+
+    small integers    one int8 x int8 -> int32 dot (4-bit values widened first: XLA:CPU has no 4-bit dot),
+                      zero points by row and column sums in int32. With scales along K a loop over the tiles
+                      adds scaled partial results, so that no (tiles, M, N) array exists. Exact up to the
+                      scaling.
+    int16, unscaled   four dots of bytes, put together modulo 2**32: exact wherever int32 holds the result.
+    everything else   a float dot with float32 accumulation, in bfloat16 where both sides' values are exact in
+                      it. Scales that are shared along K are applied to the result, others to the values or,
+                      where the values are exact in bfloat16, tile by tile.
+
+All scaling is in float32, whatever dtype the scales have; the result is rounded once, to the output dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwix_kernels.problem import CODEBOOKS, MatmulProblem, RowQuantize, Tensor
+
+# Runs of K that share their scales and are shorter than this are scaled before the dot: the dots would be too
+# thin.
+MIN_TILE = 32
+# The longest sum of products (a - za) * (b - zb) of bytes that is sure to fit int32.
+MAX_RUN = 1 << 15
+
+
+def run(problem: MatmulProblem, lhs: Tensor, rhs: Tensor) -> jax.Array:
+    """[batch, M, N] of operands in the form of problem.py."""
+    if problem.quantize_lhs:
+        lhs = quantize_rows(lhs.values, problem.quantize_lhs)
+    left = Side(lhs, is_left=True, free=1, contracting=2)
+    n, k = (1, 2) if problem.rhs_transposed else (2, 1)
+    right = Side(rhs, is_left=False, free=n, contracting=k)
+    if left.is_integer and right.is_integer:
+        small = left.is_small and right.is_small
+        if problem.out_dtype == "int32":
+            return _byte_dot(left, right) if small else _wide_dot(left, right)
+        if small and math.gcd(left.tile, right.tile) >= min(MIN_TILE, problem.k):
+            return _sum_over_tiles(problem.k, left, right, MAX_RUN, _byte_dot).astype(problem.out_dtype)
+    return _float_dot(problem, left, right).astype(problem.out_dtype)
+
+
+def quantize_rows(x: jax.Array, how: RowQuantize) -> Tensor:
+    """Quantizes [batch, M, K] as `RowQuantize` says. The scale is float32, [batch, M, K / tile]."""
+    batch, m, k = x.shape
+    tile = how.tile_k or k
+    tiled = x.astype(jnp.float32).reshape(batch, m, k // tile, tile)
+    scale = jnp.max(jnp.abs(tiled), axis=-1, keepdims=True) * np.float32(how.reciprocal)
+    scale = jnp.where(scale < np.sqrt(np.finfo(np.float32).tiny), np.float32(1), scale)
+    low, high = (np.float32(v) for v in how.limits)
+    scaled = tiled * (1 / scale)
+    if jnp.issubdtype(how.dtype, jnp.integer):
+        scaled = jnp.round(scaled)
+    values = jnp.clip(scaled, low, high).reshape(x.shape).astype(how.dtype)
+    return Tensor(values, scale[..., 0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One operand and where its axes are. Axis 0 is the batch."""
+
+    tensor: Tensor
+    is_left: bool
+    free: int
+    contracting: int
+
+    @property
+    def values(self) -> jax.Array:
+        return self.tensor.values
+
+    @property
+    def scale(self) -> jax.Array | None:
+        return self.tensor.scale
+
+    @property
+    def tile(self) -> int:
+        """Neighbours along K that share a scale: the whole of K without scales."""
+        k = self.values.shape[self.contracting]
+        return k if self.scale is None else k // self.scale.shape[self.contracting]
+
+    @property
+    def is_integer(self) -> bool:
+        return self.tensor.codebook is None and jnp.issubdtype(self.values.dtype, jnp.integer)
+
+    @property
+    def is_small(self) -> bool:
+        return self.is_integer and jnp.iinfo(self.values.dtype).bits <= 8
+
+    @property
+    def varies_along_k(self) -> bool:
+        """Whether there is more than one scale along K."""
+        return self.scale is not None and self.scale.shape[self.contracting] > 1
+
+    def with_arrays(self, values, scale=None, zero_point=None) -> Side:
+        return dataclasses.replace(self, tensor=Tensor(values, scale, zero_point, self.tensor.codebook))
+
+    def cut(self, start, length: int) -> Side:
+        """The run of K from `start` (an int or traced), which lies within one tile."""
+        if length == self.values.shape[self.contracting]:
+            return self
+        at = lambda a, i, n: None if a is None else jax.lax.dynamic_slice_in_dim(a, i, n, self.contracting)
+        t, tile = self.tensor, start // self.tile
+        return self.with_arrays(at(t.values, start, length), at(t.scale, tile, 1), at(t.zero_point, tile, 1))
+
+    def on_result(self, a: jax.Array, dtype=jnp.float32) -> jax.Array:
+        """What is constant along K, as it applies to the result: [batch, M, 1] or [batch, 1, N]."""
+        size = self.values.shape[self.free]
+        a = jnp.repeat(a.astype(dtype), size // a.shape[self.free], axis=self.free)
+        return a.reshape((a.shape[0], size, 1) if self.is_left else (a.shape[0], 1, size))
+
+    def dequantized(self, dtype, scaled: bool) -> jax.Array:
+        """The represented values, computed in float32 and rounded to `dtype`; or those before scaling."""
+        t = self.tensor
+        if t.codebook is not None:
+            values = jnp.asarray(CODEBOOKS[t.codebook], jnp.float32)[t.values.astype(jnp.int32)]
+        elif t.zero_point is None and not (scaled and t.scale is not None):
+            return t.values.astype(dtype)
+        else:
+            values = t.values.astype(jnp.float32)
+        if t.zero_point is not None:
+            values = _tilewise(jnp.subtract, values, t.zero_point)
+        if scaled and t.scale is not None:
+            values = _tilewise(jnp.multiply, values, t.scale)
+        return values.astype(dtype)
+
+
+def _tilewise(op, values: jax.Array, small: jax.Array) -> jax.Array:
+    """op(values, small), each entry of `small` covering a run of neighbours along every axis."""
+    split, ones = [], []
+    for size, count in zip(values.shape, small.shape, strict=True):
+        split += [count, size // count]
+        ones += [count, 1]
+    return op(values.reshape(split), small.astype(values.dtype).reshape(ones)).reshape(values.shape)
+
+
+def _dot(left: Side, right: Side, a: jax.Array, b: jax.Array, out, precision=None) -> jax.Array:
+    batch = max(a.shape[0], b.shape[0])
+    a, b = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (a, b))
+    axes = (((left.contracting,), (right.contracting,)), ((0,), (0,)))
+    return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=out)
+
+
+def _sum_over_tiles(k: int, left: Side, right: Side, longest: int | None, dot) -> jax.Array:
+    """The scaled result in float32: one dot for each run of K that shares its scales, added up in order."""
+    inner_left, inner_right = (x if x.varies_along_k else None for x in (left, right))
+
+    def part(start, length: int) -> jax.Array:
+        a, b = left.cut(start, length), right.cut(start, length)
+        return _scaled(dot(a, b), a if inner_left else None, b if inner_right else None)
+
+    tile = math.gcd(left.tile, right.tile)
+    if longest and tile > longest:
+        starts = [s for t in range(0, k, tile) for s in range(t, t + tile, longest)]
+        out = sum(part(s, min(longest, tile - s % tile)) for s in starts)
+    else:
+        add = lambda i, out: out + part(i * tile, tile)
+        out = part(0, tile) if tile == k else jax.lax.fori_loop(1, k // tile, add, part(0, tile))
+    return _scaled(out, None if inner_left else left, None if inner_right else right)
+
+
+def _scaled(out: jax.Array, *sides: Side | None) -> jax.Array:
+    out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
+    for side in sides:
+        if side is not None and side.scale is not None:
+            out = out * side.on_result(side.scale)
+    return out
+
+
+# --- integers
+
+
+def _byte_dot(left: Side, right: Side) -> jax.Array:
+    """sum over K of (a - za) * (b - zb) in int32, modulo 2**32; zero points are shared along K."""
+    (a, za), (b, zb) = _bytes(left), _bytes(right)
+    out = _dot(left, right, a, b, jnp.int32)
+    if zb is not None:
+        sums = jnp.sum(a, left.contracting, dtype=jnp.int32)[:, :, None]
+        out = out - (sums if za is None else sums - za * a.shape[left.contracting]) * zb
+    if za is not None:
+        out = out - za * jnp.sum(b, right.contracting, dtype=jnp.int32)[:, None, :]
+    return out
+
+
+def _bytes(side: Side) -> tuple[jax.Array, jax.Array | None]:
+    """(int8 values, int32 zero point or None) for at most 8 bits. uint8 is int8 with a shifted zero."""
+    values, zero = side.values, side.tensor.zero_point
+    zero = None if zero is None else side.on_result(zero, jnp.int32)
+    if values.dtype != jnp.uint8:
+        return values.astype(jnp.int8), zero
+    zero = jnp.zeros((1, 1, 1), jnp.int32) if zero is None else zero
+    return jax.lax.bitcast_convert_type(values ^ np.uint8(128), jnp.int8), zero - 128
+
+
+def _wide_dot(left: Side, right: Side) -> jax.Array:
+    """The same for up to 16 bits without zero points: x = 256 * high + low, both of them bytes."""
+    parts = [
+        _byte_dot(a, b) << (shift_a + shift_b) for a, shift_a in _split(left) for b, shift_b in _split(right)
+    ]
+    return functools.reduce(jnp.add, parts)
+
+
+def _split(side: Side) -> list[tuple[Side, int]]:
+    if side.is_small:
+        return [(side, 0)]
+    high = (side.values >> 8).astype(jnp.uint8 if side.values.dtype == jnp.uint16 else jnp.int8)
+    low = (side.values & 255).astype(jnp.uint8)
+    return [(side.with_arrays(high), 8), (side.with_arrays(low), 0)]
+
+
+# --- floats
+
+
+def _float_dot(problem: MatmulProblem, left: Side, right: Side) -> jax.Array:
+    dtype = _compute_dtype(left, right)
+    accumulator = jnp.promote_types(dtype, jnp.float32)
+
+    def dot(a: Side, b: Side, scaled: bool = False) -> jax.Array:
+        a_values, b_values = a.dequantized(dtype, scaled), b.dequantized(dtype, scaled)
+        return _dot(a, b, a_values, b_values, accumulator, problem.precision)
+
+    if not (left.varies_along_k or right.varies_along_k):
+        return _scaled(dot(left, right), left, right)
+    if dtype == jnp.bfloat16 and math.gcd(left.tile, right.tile) >= MIN_TILE:
+        return _sum_over_tiles(problem.k, left, right, None, dot)
+    return dot(left, right, scaled=True)
+
+
+def _compute_dtype(left: Side, right: Side):
+    """bfloat16 where it holds both sides' stored values, or one side is bfloat16; else float32."""
+    dtypes = [x.values.dtype for x in (left, right)]
+    if jnp.float64 in dtypes:
+        return jnp.float64
+    if jnp.bfloat16 in dtypes:
+        wide = [d for d in dtypes if d != jnp.bfloat16 and d.itemsize > 1]
+        return jnp.float32 if wide else jnp.bfloat16
+    codebooks = [x for x in (left, right) if x.tensor.codebook]
+    return jnp.float32 if codebooks or any(d.itemsize > 1 for d in dtypes) else jnp.bfloat16
