@@ -5,6 +5,7 @@ are in memory once. The file's matrices are `[out, in]` and quantized in blocks;
 `[in, out]`.
 """
 
+import functools
 import importlib.util
 import pathlib
 from typing import Any
@@ -47,6 +48,12 @@ def find_file() -> pathlib.Path:
     return pathlib.Path(spec.submodule_search_locations[0]) / FILE_NAME
 
 
+@functools.lru_cache(maxsize=1)
+def open_file(path: pathlib.Path | None = None) -> gguf.GGUFReader:
+    """The file's contents, memory-mapped; model and tokenizer share one, since parsing it takes seconds."""
+    return gguf.GGUFReader(path or find_file())
+
+
 def read_config(reader: gguf.GGUFReader) -> Config:
     """The sizes that the file states about itself."""
     get = lambda key: reader.fields[f"llama.{key}"].contents()
@@ -83,7 +90,7 @@ def read_tensor(tensor: gguf.ReaderTensor, *, transpose: bool) -> jax.Array:
 
 def load_model(path: pathlib.Path | None = None, *, progress: bool = True) -> SmolLM2:
     """The float32 model of a GGUF file, by default the installed SmolLM2-135M-Instruct."""
-    reader = gguf.GGUFReader(path or find_file())
+    reader = open_file(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     model = nnx.eval_shape(lambda: SmolLM2(read_config(reader), rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
@@ -100,7 +107,7 @@ def load_model(path: pathlib.Path | None = None, *, progress: bool = True) -> Sm
 
 def load_tokenizer(path: pathlib.Path | None = None) -> tokenizers.Tokenizer:
     """The byte-level BPE tokenizer of a GGUF file."""
-    fields = gguf.GGUFReader(path or find_file()).fields
+    fields = open_file(path).fields
     tokens, merges, kinds = (
         fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges", "token_type")
     )

@@ -10,7 +10,6 @@ import dataclasses
 import doctest
 import functools
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,23 +162,18 @@ def test_results_that_fall_short_are_named(name: str):
     assert bool(schemes.shortfalls(name, replace(answer="Lyon"))) == schemes.SCHEMES[name].names_paris
 
 
-@functools.cache
-def reader() -> gguf.GGUFReader:
-    return gguf.GGUFReader(load.find_file())
-
-
 def test_the_file_is_smollm2_135m():
-    config = load.read_config(reader())
+    config = load.read_config(load.open_file())
     assert config.norm_epsilon == pytest.approx(Config().norm_epsilon, rel=EPS)
     assert config == Config(norm_epsilon=config.norm_epsilon)
     state = nnx.state(nnx.eval_shape(lambda: SmolLM2(config, rngs=nnx.Rngs(0))))
     names = {load.tensor_name(path) for path, _ in nnx.to_flat_state(state)}
-    assert names == {tensor.name for tensor in reader().tensors}
+    assert names == {tensor.name for tensor in load.open_file().tensors}
 
 
 @pytest.mark.parametrize("name", ["blk.0.attn_k.weight", "blk.29.ffn_down.weight"])
 def test_matrices_are_read_as_the_format_says(name: str):
-    (tensor,) = (tensor for tensor in reader().tensors if tensor.name == name)
+    (tensor,) = (tensor for tensor in load.open_file().tensors if tensor.name == name)
     # Q4_1: per 32 values a float16 scale and minimum, then 16 bytes, low nibbles before high ones.
     outputs = tensor.data.shape[0]
     blocks = np.asarray(tensor.data).reshape(outputs, -1, 20)
