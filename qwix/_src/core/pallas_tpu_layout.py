@@ -3,12 +3,15 @@ kernel.
 
 A TPU moves blocks whose last two dimensions are multiples of (8, 128) or whole; anything narrower is padded
 to that in VMEM. The scales of a QArray are often neither: one column of a (M, 1) scale fills 1/128 of each
-tile. Two rewrites help, both done to the array outside the kernel and undone to the loaded block inside it:
+tile. Three rewrites help, done to the array outside the kernel and undone to the loaded block inside it; the
+first legal one is taken:
 
-1. transpose the axes into ascending block sizes, if the result is legal;
-2. else lay each block out as one row: (*number of blocks, 1, block elements).
+1. transpose the axes into ascending block sizes;
+2. lay each block out as one row, (*number of blocks, 1, block elements), where it fits into one row of lanes:
+   the compiler cannot reshape longer ones back;
+3. transpose, and give the axes that are still illegal a separate axis that counts blocks.
 
-Both copy the array on every call, which is cheap for scales. Values are rewritten only when their block is
+All copy the array on every call, which is cheap for scales. Values are rewritten only when their block is
 illegal.
 """
 
@@ -24,7 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwix._src.core import qarray
+from qwix._src.core import layout
 
 _SUBLANES, _LANES = 8, 128
 Restore = Callable[[Any], Any]  # what the kernel was given -> what it would have been given
@@ -79,8 +82,11 @@ def rewrite(
     if _can_fit_tpu_requirements([sizes[i] for i in order], [arg.shape[i] for i in order]):
         return _transposed(spec, arg, order)
     if any(isinstance(dim, pl.Element) for dim in spec.block_shape):
-        return spec, arg, None  # a block that starts anywhere is no row of blocks
-    return _as_rows(spec, arg, sizes)
+        return spec, arg, None  # a block that starts anywhere belongs to no grid of blocks
+    arg = _padded(arg, sizes)
+    if arg.ndim == 1 or math.prod(sizes) <= _LANES:
+        return _as_rows(spec, arg, sizes)
+    return _counted(spec, arg, sizes, order)
 
 
 def _is_rewritable(spec: Any, arg: jax.Array) -> bool:
@@ -100,7 +106,7 @@ def _is_rewritable(spec: Any, arg: jax.Array) -> bool:
 
 
 def _sizes(block_shape: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(pl.get_block_size(dim) for dim in block_shape)
+    return tuple(1 if _is_squeezed(dim) else getattr(dim, "block_size", dim) for dim in block_shape)
 
 
 def _is_aligned(sizes: Sequence[int]) -> bool:
@@ -135,20 +141,16 @@ def _transposed(
     # Squeezed dimensions never reach the kernel: the way back counts the others only.
     kept = [i for i in order if not _is_squeezed(spec.block_shape[i])]
     back = [kept.index(i) for i in sorted(kept)]
-    return new, jnp.transpose(arg, order), lambda ref: qarray.transpose_array(ref[...], back)
+    return new, jnp.transpose(arg, order), lambda ref: layout.transpose_array(ref[...], back)
 
 
 def _as_rows(
     spec: pl.BlockSpec, arg: jax.Array, sizes: tuple[int, ...]
 ) -> tuple[pl.BlockSpec, jax.Array, Restore]:
-    counts = tuple(-(-n // size) for n, size in zip(arg.shape, sizes, strict=True))
-    whole = [(0, count * size - n) for count, size, n in zip(counts, sizes, arg.shape, strict=True)]
-    # The tail of a last block that hangs over the array's end holds zeros; in Pallas it would hold anything.
-    split = jnp.pad(arg, whole).reshape([x for pair in zip(counts, sizes, strict=True) for x in pair])
-    rank = arg.ndim
-    rows = split.transpose([*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)]).reshape(
-        *counts, 1, math.prod(sizes)
-    )
+    counts = tuple(n // size for n, size in zip(arg.shape, sizes, strict=True))
+    split = arg.reshape([x for pair in zip(counts, sizes, strict=True) for x in pair])
+    rows = split.transpose([*range(0, 2 * arg.ndim, 2), *range(1, 2 * arg.ndim, 2)])
+    rows = rows.reshape(*counts, 1, math.prod(sizes))
     index_map = spec.index_map
     outer = tuple(dim if _is_squeezed(dim) else 1 for dim in spec.block_shape)
     new = dataclasses.replace(
@@ -158,6 +160,40 @@ def _as_rows(
     )
     shape = tuple(size for size, dim in zip(sizes, spec.block_shape, strict=True) if not _is_squeezed(dim))
     return new, rows, lambda ref: ref[...].reshape(shape)
+
+
+def _counted(
+    spec: pl.BlockSpec, arg: jax.Array, sizes: tuple[int, ...], order: list[int]
+) -> tuple[pl.BlockSpec, jax.Array, Restore]:
+    """Transposed by `order`; of the last two axes the illegal ones become (number of blocks, block)."""
+    spec, arg, back = _transposed(spec, arg, order)
+    sizes = tuple(sizes[i] for i in order)
+    last = arg.ndim - 1
+    legal = {last: sizes[last] % _LANES == 0, last - 1: sizes[last - 1] % _SUBLANES == 0}
+    split = [i for i, fits in legal.items() if not fits and sizes[i] != arg.shape[i]]
+    shape: list[int] = []
+    for i, n in enumerate(arg.shape):
+        shape += [n // sizes[i], sizes[i]] if i in split else [n]
+    starts = [i + sum(j < i for j in split) for i in split]  # of the counting axes, after the reshape
+    counted = jnp.moveaxis(arg.reshape(shape), starts, range(len(split)))
+    index_map = spec.index_map
+
+    def moved(*grid_indices):
+        indices = index_map(*grid_indices)
+        return (
+            *(indices[i] for i in split),
+            *(0 if i in split else index for i, index in enumerate(indices)),
+        )
+
+    block_shape = (*(None for _ in split), *spec.block_shape)
+    return dataclasses.replace(spec, block_shape=block_shape, index_map=moved), counted, back
+
+
+def _padded(arg: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+    """Filled up to whole blocks. The tail of a last block then holds zeros; in Pallas it may hold
+    anything."""
+    missing = [(0, -n % size) for n, size in zip(arg.shape, sizes, strict=True)]
+    return jnp.pad(arg, missing) if any(after for _, after in missing) else arg
 
 
 def _is_squeezed(dim: Any) -> bool:
