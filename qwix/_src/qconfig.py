@@ -1,0 +1,332 @@
+"""Rules (what to quantize, and how) and the base class of everything that carries them out.
+
+A rule is checked when it's made, since a rule that silently matches nothing looks like a model that quantizes
+well. The first rule in the list that matches an op's module path and name decides; later ones aren't asked.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import difflib
+import itertools
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from flax.core import FrozenDict
+
+from qwix._src import interception
+from qwix._src.core import calibration, numerics
+from qwix._src.report_records import OpRecord
+from qwix._src.utils import flax_util
+
+# Names of ops that JAX models have; kernels may define others with `get_current_rule`.
+KNOWN_OPS = ("dot_general", "einsum", "conv_general_dilated", "ragged_dot", "take")
+
+TileSize = int | float | Mapping[int, int | float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizationRule:
+    """Which ops to quantize, and how.
+
+    Attributes:
+      module_path: regular expression that the whole path of a module must match, e.g. 'layers/.*/mlp'.
+      op_names: names of ops, e.g. ('dot_general', 'einsum', 'take'); empty means all.
+      weight_qtype: format of the weights; None leaves them float.
+      act_qtype: format of the activations; None leaves them float.
+      tile_size: values that share a scale along the contracted axis: a count, or as a float the fraction of the
+        axis; or {axis: size}. None means the whole axis.
+      act_static_scale: use one scale, found by calibration, instead of one for each input.
+      weight_calibration_method: see `HowToQuantize.calibration_method`.
+      act_calibration_method: the same for activations; None means 'absmax'.
+      act_batch_axes: axes over which static statistics are averaged.
+
+    Raises:
+      ValueError: at construction, for anything that could never work.
+
+    >>> QuantizationRule(module_path="mlp", weight_qtype="int9")
+    Traceback (most recent call last):
+    ...
+    ValueError: weight_qtype: Cannot use 'int9' as qtype. Did you mean 'int8'? ...
+    """
+
+    module_path: str = ".*"
+    op_names: Sequence[str] = ()
+    weight_qtype: Any = None
+    act_qtype: Any = None
+    tile_size: TileSize | None = None
+    act_static_scale: bool | None = None
+    weight_calibration_method: str = "absmax"
+    act_calibration_method: str | None = None
+    act_batch_axes: Sequence[int] = (0,)
+
+    def __post_init__(self):
+        _check_path(self.module_path)
+        names = (self.op_names,) if isinstance(self.op_names, str) else tuple(self.op_names)
+        if any(not isinstance(name, str) for name in names):
+            raise TypeError(f"op_names must be names such as {KNOWN_OPS}, got {self.op_names!r}.")
+        object.__setattr__(self, "op_names", names)
+        object.__setattr__(self, "act_batch_axes", tuple(self.act_batch_axes))
+        for field in ("weight_qtype", "act_qtype"):
+            _check_field(field, getattr(self, field), numerics.canonical_qtype)
+        for field in ("weight_calibration_method", "act_calibration_method"):
+            _check_field(field, getattr(self, field), calibration.parse_method)
+        if isinstance(self.tile_size, Mapping):
+            object.__setattr__(self, "tile_size", FrozenDict(self.tile_size))  # hashable
+        _check_tile_size(self.tile_size)
+
+
+def _check_path(pattern: str) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(f"module_path must be a regular expression as text, got {pattern!r}.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"module_path {pattern!r} isn't a regular expression: {error}. To match it literally, use "
+            f"re.escape: {re.escape(pattern)!r}."
+        ) from error
+
+
+def _check_field(field: str, value: Any, check: Callable[[Any], Any]) -> None:
+    if value is None:
+        return
+    try:
+        check(value)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{field}: {error}") from error
+
+
+def _check_tile_size(tile_size: TileSize | None) -> None:
+    sizes = tile_size.values() if isinstance(tile_size, Mapping) else [tile_size]
+    for size in sizes:
+        if size is None:
+            continue
+        if isinstance(size, bool) or not isinstance(size, int | float):
+            raise TypeError(f"tile_size must be a number or {{axis: number}}, got {tile_size!r}.")
+        if size <= 0 or (isinstance(size, float) and size > 1):
+            raise ValueError(
+                f"tile_size must be a positive count, or as a float a fraction up to 1.0; got {tile_size!r}."
+            )
+
+
+@dataclasses.dataclass
+class Run:
+    """One call of a quantized model: the op counters and where in the model we are."""
+
+    provider: QuantizationProvider
+    counts: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
+
+    def op_id(self, path: str, op_name: str, *, repeated: bool = False) -> str:
+        """The name of the next (or again of the last) op of this kind in this module."""
+        if repeated:
+            return f"{op_name}{max(self.counts[path, op_name] - 1, 0)}"
+        self.counts[path, op_name] += 1
+        return f"{op_name}{self.counts[path, op_name] - 1}"
+
+
+class _Runs(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Run] = []
+
+
+_runs = _Runs()
+
+
+def current_run() -> Run | None:
+    """The innermost call of a quantized model on this thread."""
+    return _runs.stack[-1] if _runs.stack else None
+
+
+@contextlib.contextmanager
+def running(provider: QuantizationProvider) -> Iterator[Run]:
+    """Marks the duration of one call of a quantized model, in JAX's jit caches too."""
+    run = Run(provider)
+    _runs.stack.append(run)
+    try:
+        with interception.trace_context(provider.token):
+            yield run
+    finally:
+        _runs.stack.pop()
+
+
+def get_current_rule(op_name: str) -> QuantizationRule | None:
+    """The rule for an op of this name in the module that is running; None outside of a quantized model.
+
+    For the authors of kernels: `op_name` may be any name, and rules name it in `op_names`.
+    """
+    run = current_run()
+    if run is None:
+        return None
+    return run.provider._get_current_rule_and_op_id(op_name, only_rule=True)[0]
+
+
+class QuantizationProvider:
+    """Carries out rules on a model; `qwix.quantize_model` asks it what to do.
+
+    Subclasses say which functions to replace while the model runs (`get_intercept_map`), or which ops of it to
+    handle (`op_handler`).
+
+    Attributes:
+      records: {(module path, op id): OpRecord}, one per op seen so far.
+    """
+
+    _tokens = itertools.count()
+
+    def __init__(self, rules: Sequence[QuantizationRule] | QuantizationRule, *, disable_jit: bool = False):
+        rules = [rules] if isinstance(rules, QuantizationRule) else list(rules)
+        for rule in rules:
+            if not isinstance(rule, QuantizationRule):
+                raise TypeError(
+                    f"Rules must be QuantizationRule objects, got {type(rule).__name__}: {rule!r}. "
+                    "qwix.load_rules makes them from dicts or YAML."
+                )
+        self._rules = [self._init_rule(rule) for rule in rules]
+        self._matches = [0] * len(self._rules)
+        self._compiled = [re.compile(rule.module_path) for rule in self._rules]
+        self._paths_seen: dict[str, None] = {}
+        self._ops_seen: set[str] = set()
+        self._complete = False
+        self._warned: set[str] = set()
+        self._token = next(self._tokens)
+        self.disable_jit = disable_jit
+        self.records: dict[tuple[str, str], OpRecord] = {}
+
+    @property
+    def token(self) -> int:
+        """What tells this provider's traces from others' in JAX's caches."""
+        return self._token
+
+    def _init_rule(self, rule: QuantizationRule) -> QuantizationRule:
+        """Fills in defaults."""
+        if rule.act_static_scale is not None and rule.act_qtype is None:
+            raise ValueError(
+                f"act_static_scale is set to {rule.act_static_scale} but act_qtype is None, in {rule}. Set "
+                "act_qtype, or leave act_static_scale out."
+            )
+        return dataclasses.replace(
+            rule,
+            act_static_scale=bool(rule.act_static_scale),
+            act_calibration_method=rule.act_calibration_method or "absmax",
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "_token"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _token=next(self._tokens))
+
+    def get_intercept_map(self) -> dict[str, Callable[..., Any]]:
+        """{dotted path: replacement}: the functions to replace while the model runs."""
+        return {
+            name: _opaque(interception.get_attribute(name))
+            for name in ("jax.experimental.pallas.pallas_call", "jax.experimental.pallas.kernel")
+            if interception.has_attribute(name)
+        }
+
+    def get_interceptors(self) -> list[Callable[[], interception.Interceptor]]:
+        """Makers of the interceptors that are active while the model runs, outermost last."""
+        return [lambda: interception.Interceptor(self.get_intercept_map(), id=id(self))]
+
+    def process_model_inputs(self, model: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+        """Called before each outermost call of the model; may replace its inputs."""
+        return model, args, kwargs
+
+    def process_model_output(self, method_name: str, output: Any) -> Any:
+        """Called after each outermost call of the model; may replace its output."""
+        del method_name
+        self._complete = True
+        return output
+
+    def _get_current_rule_and_op_id(
+        self, op_name: str, *, only_rule: bool = False, repeated_call: bool = False, path: str | None = None
+    ) -> tuple[QuantizationRule | None, str | None]:
+        """The rule for this op here, and the op's name within its module.
+
+        `repeated_call` asks again about the same op. `path` says where "here" is, when it isn't the module that
+        is running.
+        """
+        if path is None:
+            path = "/".join(map(str, flax_util.get_current_module_path()))
+        rule = self.find_rule(path, op_name)
+        if only_rule:
+            return rule, None
+        run = current_run() or Run(self)
+        return rule, run.op_id(path, op_name, repeated=repeated_call)
+
+    def find_rule(self, path: str, op_name: str) -> QuantizationRule | None:
+        """The first rule that matches, and a note that it did."""
+        self._paths_seen.setdefault(path)
+        self._ops_seen.add(op_name)
+        for i, rule in enumerate(self._rules):
+            if (not rule.op_names or op_name in rule.op_names) and self._compiled[i].fullmatch(path):
+                self._matches[i] += 1
+                return rule
+        return None
+
+    def get_unused_rules(self) -> list[QuantizationRule]:
+        """The rules that matched no op.
+
+        Raises:
+          ValueError: before the model has run for the first time, when nobody can know.
+        """
+        if not self._complete:
+            raise ValueError(
+                "Quantization is not completed yet. Please call `quantize_model` before calling "
+                "`get_unused_rules`. (A Linen model completes it when it's first initialized or applied.)"
+            )
+        return [rule for rule, count in zip(self._rules, self._matches, strict=True) if not count]
+
+    def finish(self) -> None:
+        """Called when the whole model has been seen: warns, once each, about what can't be intended."""
+        self._complete = True
+        for rule in self.get_unused_rules():
+            self._warn_once(f"The rule {rule} matched no op. {self._hint(rule)}")
+        if self._rules and not any(record.is_quantized for record in self.records.values()):
+            self._warn_once(
+                "No op of the model was quantized. `qwix.report` says why for each; "
+                f"{self._hint(None)}"
+            )
+
+    def _hint(self, rule: QuantizationRule | None) -> str:
+        paths = ", ".join(repr(p) for p in itertools.islice(self._paths_seen, 8)) or "none"
+        more = len(self._paths_seen) - 8
+        hint = f"Module paths with ops: {paths}" + (f" and {more} more." if more > 0 else ".")
+        for name in rule.op_names if rule else ():
+            if name not in self._ops_seen:
+                near = difflib.get_close_matches(name, {*KNOWN_OPS, *self._ops_seen}, n=1)
+                hint += f" No op is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+                hint += f" Ops seen: {', '.join(sorted(self._ops_seen)) or 'none'}."
+        return hint
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=4)
+
+
+def _opaque(make_kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A maker of kernels that sees the true JAX functions, when it's called and when its kernel is."""
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        made = interception.disable_interceptions(make_kernel)(*args, **kwargs)
+        return interception.disable_interceptions(made) if callable(made) else made
+
+    return make
+
+
+__all__ = [
+    "KNOWN_OPS",
+    "QuantizationProvider",
+    "QuantizationRule",
+    "Run",
+    "TileSize",
+    "current_run",
+    "get_current_rule",
+    "running",
+]

@@ -1,0 +1,276 @@
+"""What the two module systems of Flax have in common, for code that must work in both.
+
+"The current module" of linen is the top of its module stack; of NNX, it's found by the frames of the Python stack:
+the innermost function whose first argument (whatever its name) is an nnx.Module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx
+from flax.core import meta
+from flax.linen import module as linen_module
+from jax.sharding import PartitionSpec
+
+Path = tuple[str | int, ...]
+
+
+class QuantStat(nnx.Variable):
+    """Statistics for static-range quantization: {'count', 'sum_of_<key>', ...}, see `SimpleMovingAverage`."""
+
+
+nnx.register_variable_name("quant_stats", QuantStat, overwrite=True)
+
+
+class _Paths(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[dict[int, Path]] = []
+
+
+_paths = _Paths()
+
+
+@contextlib.contextmanager
+def nnx_paths(root: nnx.Module) -> Iterator[None]:
+    """Inside, NNX modules know their path from `root`. A shared module has the first one."""
+    _paths.stack.append({id(module): path for path, module in nnx.iter_modules(root)})
+    try:
+        yield
+    finally:
+        _paths.stack.pop()
+
+
+def _linen_module() -> nn.Module | None:
+    return linen_module._context.module_stack[-1]
+
+
+def _nnx_modules() -> Iterator[nnx.Module]:
+    """The NNX modules whose methods are running, innermost first."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, nnx.Module):
+                yield first
+        frame = frame.f_back
+
+
+def get_current_module() -> nn.Module | nnx.Module:
+    """The module whose method is running. Raises ValueError outside of any."""
+    module = _linen_module() or next(_nnx_modules(), None)
+    if module is None:
+        raise ValueError("Current module is not known: no method of a Flax module is running.")
+    return module
+
+
+def get_current_module_path() -> Path:
+    """Its path from the root, e.g. ('layers', 0, 'mlp'); () for the root.
+
+    A copy of an NNX module that a transformation made inside the model has no path of its own: the path is then
+    that of the module around it.
+    """
+    if (linen := _linen_module()) is not None:
+        return linen.path
+    known = _paths.stack[-1] if _paths.stack else {}
+    for module in _nnx_modules():
+        if id(module) in known:
+            return known[id(module)]
+    return ()
+
+
+def should_update_quant_stats() -> bool:
+    """Whether statistics may change now: linen, 'quant_stats' is mutable and it isn't init; NNX, not disabled."""
+    module = get_current_module()
+    if isinstance(module, nn.Module):
+        return not module.is_initializing() and module.is_mutable_collection("quant_stats")
+    return not getattr(module, "disable_quant_stats_update", False)
+
+
+def get_or_create_variable(collection: str, name: str, init_fn: Callable[[], Any]) -> Any:
+    """A variable of the current module, made by `init_fn` if it isn't there.
+
+    Returns something with a mutable `.value`. Raises ValueError if what's there has other shapes or dtypes.
+    """
+    module = get_current_module()
+    if isinstance(module, nn.Module):
+        variable = module.scope.variable(collection, name, init_fn)
+    else:
+        variable = getattr(module, name, None)
+        if variable is None:
+            variable = nnx.variable_type_from_name(collection)(init_fn())
+            setattr(module, name, variable)
+    _check_like(name, unbox(variable.value), jax.eval_shape(init_fn))
+    return variable
+
+
+def get_and_delete_variable(collection: str, name: str) -> Any:
+    """The value of a variable of the current module, which is then gone; None if there's none."""
+    module = get_current_module()
+    if isinstance(module, nn.Module):
+        value = module.get_variable(collection, name)
+        if value is not None and module.is_mutable_collection(collection):
+            del module.scope._mutable_collection(collection)[name]
+        return value
+    variable = getattr(module, name, None)
+    if not isinstance(variable, nnx.variable_type_from_name(collection)):
+        return None
+    delattr(module, name)
+    return variable.get_value()
+
+
+def get_or_create_param(
+    name: str,
+    init_fn: Callable[..., Any],
+    *,
+    nnx_param_type: type[nnx.Variable] = nnx.Param,
+    need_rng: bool = False,
+) -> Any:
+    """A param of the current module, unboxed, made by `init_fn` (of a key, if `need_rng`) if it isn't there."""
+    module = get_current_module()
+    if isinstance(module, nn.Module):
+        make = (lambda key: init_fn(key)) if need_rng else (lambda key: init_fn())
+        return unbox(module.scope.param(name, make))
+    param = getattr(module, name, None)
+    if param is None:
+        value = init_fn(make_rng("params")) if need_rng else init_fn()
+        param = jax.tree.map(nnx_param_type, value)
+        setattr(module, name, param)
+    return unbox(param)
+
+
+def _check_like(name: str, value: Any, expected: Any) -> None:
+    facts = lambda tree: jax.tree.map(lambda x: (tuple(x.shape), str(x.dtype)), tree)
+    if facts(value) != facts(expected):
+        raise ValueError(f"The variable {name!r} holds {facts(value)}, but {facts(expected)} was expected.")
+
+
+def make_rng(stream: str) -> jax.Array:
+    """A fresh key of the current module. NNX: from the attribute `qwix_rngs`."""
+    module = get_current_module()
+    if isinstance(module, nn.Module):
+        return module.make_rng(stream)
+    rngs = getattr(module, "qwix_rngs", None)
+    if rngs is None:
+        raise ValueError(
+            "Cannot find rngs in the current module. Please set rngs via "
+            "model.set_attributes(qwix_rngs=nnx.Rngs(...))."
+        )
+    return rngs[stream]()
+
+
+def is_box(x: Any) -> bool:
+    """Whether this is a value with metadata: a linen AxisMetadata or an nnx.Variable."""
+    return isinstance(x, meta.AxisMetadata | nnx.Variable)
+
+
+def unbox(tree: Any) -> Any:
+    """The tree without boxes, neither linen's nor NNX's. No sharding constraint is applied, no hook is run.
+
+    >>> unbox({"w": nnx.Param(1), "b": nn.Partitioned(2, names=("x",))})
+    {'b': 2, 'w': 1}
+    """
+
+    def strip(x: Any) -> Any:
+        while is_box(x):
+            x = x.get_raw_value() if isinstance(x, nnx.Variable) else _axis_value(x)
+        return x
+
+    return jax.tree.map(strip, tree, is_leaf=is_box)
+
+
+def _axis_value(box: meta.AxisMetadata) -> Any:
+    return box.value if hasattr(box, "value") else box.unbox()
+
+
+def update_sharding(
+    spec: Any,
+    *,
+    shape: Sequence[int] | None = None,
+    split: Sequence[int] | None = None,
+    merge: Sequence[int] | None = None,
+    transpose: Sequence[int | None] | None = None,
+) -> Any:
+    """The spec (tuple, list or PartitionSpec; the same kind comes back) of a changed array.
+
+    Args:
+      spec: one entry per axis.
+      shape: the new array's: entries of its axes of size 1 become None.
+      split: axes that become two, (entry, None).
+      merge: axes that swallow the next one's entry.
+      transpose: the order of old axes; None is a new axis.
+
+    >>> update_sharding(("x", "y"), shape=(1, 8))
+    (None, 'y')
+    """
+    if sum(x is not None for x in (split, merge, transpose)) > 1:
+        raise ValueError(f"At most one of them: {split=}, {merge=}, {transpose=}.")
+    entries = list(spec)
+    if split is not None:
+        entries = [e for i, a in enumerate(entries) for e in ([a, None] if i in split else [a])]
+    if merge is not None:
+        entries = [a for i, a in enumerate(entries) if i - 1 not in merge]
+    if transpose is not None:
+        entries = [None if i is None else entries[i] for i in transpose]
+    if shape is not None:
+        entries += [None] * (len(shape) - len(entries))
+        entries = [None if n == 1 else a for a, n in zip(entries, shape, strict=True)]
+    return PartitionSpec(*entries) if isinstance(spec, PartitionSpec) else type(spec)(entries)
+
+
+def update_boxed(
+    boxed: Any,
+    *,
+    value: Any = None,
+    split: Sequence[int] | None = None,
+    merge: Sequence[int] | None = None,
+    transpose: Sequence[int | None] | None = None,
+) -> Any:
+    """A box like `boxed` with a new value; its partition names follow the change and the new shape.
+
+    A bare array gives the bare value. Raises ValueError for anything else.
+    """
+    raw = unbox(boxed)
+    value = raw if value is None else value
+    change = lambda spec: (
+        None
+        if spec is None
+        else update_sharding(spec, shape=value.shape, split=split, merge=merge, transpose=transpose)
+    )
+    if isinstance(boxed, nnx.Variable):
+        metadata = dict(boxed.get_metadata())
+        for field in ("out_sharding", "sharding_names"):
+            if metadata.get(field) is not None:
+                metadata[field] = change(metadata[field])
+        return type(boxed).from_metadata(value, metadata)
+    if isinstance(boxed, meta.AxisMetadata):
+        fields = {f: change(getattr(boxed, f)) for f in ("names", "mesh_axes") if hasattr(boxed, f)}
+        return boxed.replace(value=value, **fields)
+    if hasattr(boxed, "shape") and hasattr(boxed, "dtype"):
+        return value
+    raise ValueError(f"Unsupported type: {type(boxed).__name__}. Boxes are linen AxisMetadata or nnx.Variable.")
+
+
+def get_value_from_path(obj: Any, path: Sequence[str | int]) -> Any:
+    """Follows dict keys, list indices and attributes; None when something is missing.
+
+    >>> get_value_from_path({"a": [1, 2]}, ("a", 1))
+    2
+    """
+    for key in path:
+        if isinstance(obj, Mapping):
+            obj = obj.get(key)
+        elif isinstance(obj, list | tuple | nnx.List) and isinstance(key, int):
+            obj = obj[key] if -len(obj) <= key < len(obj) else None
+        else:
+            obj = getattr(obj, str(key), None)
+        if obj is None:
+            return None
+    return obj
