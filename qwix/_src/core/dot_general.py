@@ -1,7 +1,7 @@
 """`dot_general` and `dot` of arrays, QArrays and TransposedQArrays.
 
-Both operands are laid out as [batch, free, K] and go to one kernel op, `qwix_kernels.matmul`; dot_plan.py says
-when something else runs. The result is the same within the documented bound whichever it is.
+Both operands are laid out as [batch, free, K] and go to one kernel op, `qwix_kernels.matmul`; dot_plan.py
+says when something else runs. The result is the same within the documented bound whichever it is.
 """
 
 from __future__ import annotations

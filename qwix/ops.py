@@ -1,0 +1,258 @@
+"""The direct API: quantized dots of arrays and QArrays, and `explain`, which says what they become.
+
+Either operand may be an array, a `QArray` or a prepacked `TransposedQArray`. `act_qtype` quantizes the float
+side on the way: dynamically, one scale per row (and per tile of the contracting axis, with `act_tile_size`),
+inside the kernel where a kernel can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from qwix_kernels import dispatch
+from qwix_kernels.dispatch import Explanation
+
+from qwix._src.core import dot_general as _dot
+from qwix._src.core import einsum as _einsum
+from qwix._src.core import qarray as _qarray
+from qwix._src.core.calibration import HowToQuantize
+from qwix._src.core.qarray import QArray
+from qwix._src.core.transposed_qarray import DotDimensionNumbers, TransposedQArray
+
+__all__ = ["explain", "qdot", "qdot_general", "qeinsum"]
+
+Operand = jax.Array | QArray | TransposedQArray
+
+
+def qdot(
+    lhs: Operand,
+    rhs: Operand,
+    *,
+    act_qtype: DTypeLike | str | None = None,
+    act_tile_size: int | float | None = None,
+    act_calibration_method: str = "absmax",
+    implementation: str | Sequence[str] | None = None,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> jax.Array:
+    """`jax.numpy.dot`: the last axis of lhs with the last but one of rhs.
+
+    Args: as for `qdot_general`.
+
+    >>> import qwix
+    >>> w = qwix.quantize(jnp.eye(64), "int4", channelwise_axes=(1,), tiled_axes={0: 32})
+    >>> qdot(jnp.ones((2, 64)), w, act_qtype="int8").shape
+    (2, 64)
+    """
+    return qdot_general(
+        lhs,
+        rhs,
+        _dot_numbers(lhs, rhs),
+        act_qtype=act_qtype,
+        act_tile_size=act_tile_size,
+        act_calibration_method=act_calibration_method,
+        implementation=implementation,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+
+
+def qdot_general(
+    lhs: Operand,
+    rhs: Operand,
+    dimension_numbers: DotDimensionNumbers,
+    *,
+    act_qtype: DTypeLike | str | None = None,
+    act_tile_size: int | float | None = None,
+    act_calibration_method: str = "absmax",
+    implementation: str | Sequence[str] | None = None,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> jax.Array:
+    """`jax.lax.dot_general` where either side may be quantized.
+
+    Args:
+      lhs, rhs: arrays, QArrays or TransposedQArrays.
+      dimension_numbers: ((lhs contracting, rhs contracting), (lhs batch, rhs batch)).
+      act_qtype: quantize the float operand to this before the product; the lhs if both are float.
+      act_tile_size: elements per scale along its last contracting axis; one scale per row by default.
+      act_calibration_method: how its range is found; see `qwix.quantize`.
+      implementation: "mosaic_tpu", "xla" or names in order; None takes the best that runs and never fails.
+      precision: of products of floats, as in `jax.lax.dot`.
+      preferred_element_type: dtype of the result; by default what the represented values promote to.
+
+    Returns:
+      Array of the batch axes, the free axes of lhs, the free axes of rhs.
+
+    Raises:
+      ValueError: operands that disagree, or `act_qtype` with no float operand.
+      NotImplementedError: a named implementation can't run this; the message says why.
+
+    >>> x = jnp.array([[1, 2], [3, 4]], jnp.int8)
+    >>> qdot_general(x, x, (((1,), (0,)), ((), ()))).tolist()  # exact integers
+    [[7, 10], [15, 22]]
+    """
+    side = None if act_qtype is None else _float_side(lhs, rhs)
+    act_how = None
+    if side is not None:
+        act_how = _dot.get_how_to_quantize(
+            dimension_numbers=dimension_numbers,
+            ndims=(len(lhs.shape), len(rhs.shape)),
+            for_lhs=side == 0,
+            tile_size=act_tile_size,
+            qtype=act_qtype,
+            calibration_method=act_calibration_method,
+        )
+    if side == 1:
+        rhs, act_how = _qarray.quantize(jnp.asarray(rhs), act_how), None
+    return _dot.dot_general(
+        lhs,
+        rhs,
+        dimension_numbers,
+        precision,
+        preferred_element_type,
+        act_how=act_how,
+        implementation=implementation,
+    )
+
+
+def qeinsum(
+    subscripts: str,
+    *operands: Operand,
+    act_qtype: DTypeLike | str | None = None,
+    act_tile_size: int | float | None = None,
+    act_calibration_method: str = "absmax",
+    implementation: str | Sequence[str] | None = None,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> jax.Array:
+    """`jax.numpy.einsum` where any operand may be quantized.
+
+    Args:
+      subscripts: as for `jax.numpy.einsum`, ellipsis and implicit output included.
+      *operands: arrays, QArrays or TransposedQArrays; with `act_qtype`, two.
+      act_qtype, act_tile_size, ...: as for `qdot_general`.
+
+    >>> import qwix
+    >>> w = qwix.quantize(jnp.ones((64, 4, 16)), "int8", channelwise_axes=(1, 2))
+    >>> qeinsum("btd,dnh->btnh", jnp.ones((1, 3, 64)), w, act_qtype="int8").shape
+    (1, 3, 4, 16)
+    """
+    act_how = None
+    if act_qtype is not None:
+        act_how = _einsum_act(
+            subscripts,
+            operands,
+            tile_size=act_tile_size,
+            qtype=act_qtype,
+            calibration_method=act_calibration_method,
+        )
+    return _einsum.einsum(
+        subscripts,
+        *operands,
+        act_how=act_how,
+        implementation=implementation,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+
+
+def explain(
+    op: str,
+    lhs: Any,
+    rhs: Any,
+    *,
+    dimension_numbers: DotDimensionNumbers | None = None,
+    chip: str | None = None,
+    act_qtype: DTypeLike | str | None = None,
+    act_tile_size: int | float | None = None,
+    act_calibration_method: str = "absmax",
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> Explanation:
+    """Says, without running anything, which implementation an op gets on a chip, why, and what it costs.
+
+    Args:
+      op: "dot", "dot_general" (with `dimension_numbers`), or einsum subscripts such as "btd,dnh->btnh".
+      lhs, rhs: operands, or their shapes: `jax.ShapeDtypeStruct`, a QArray of them, or (shape, dtype).
+      dimension_numbers: of "dot_general".
+      chip: "v5e", "v5p", "v6e", "v7x", "h100", "b200" or "cpu"; the local device by default.
+      act_qtype, ..., preferred_element_type: as for `qdot_general`.
+
+    Returns:
+      `qwix_kernels.dispatch.Explanation`: `chosen`, `config`, `estimate`, `rejected` ((name, reason), ...).
+      `str()` gives it in words.
+
+    Raises:
+      ValueError: an op that isn't one of these, operands that disagree, or a dot that uses no kernel (both
+        float, both in one block format).
+
+    >>> import qwix
+    >>> w = qwix.quantize(jnp.ones((256, 128)), "int8", channelwise_axes=(1,))
+    >>> explain("dot", ((16, 256), "bfloat16"), w, chip="cpu").chosen
+    'xla'
+    """
+    lhs, rhs = _abstract(lhs), _abstract(rhs)
+    act = {"tile_size": act_tile_size, "qtype": act_qtype, "calibration_method": act_calibration_method}
+    options: dict[str, Any] = {"precision": precision, "preferred_element_type": preferred_element_type}
+    if op in ("dot", "dot_general"):
+        numbers = _dot_numbers(lhs, rhs) if op == "dot" else dimension_numbers
+        if numbers is None:
+            raise ValueError("explain('dot_general', ...) needs dimension_numbers.")
+        side = None if act_qtype is None else _float_side(lhs, rhs)
+        if side is not None:
+            how = _dot.get_how_to_quantize(
+                dimension_numbers=numbers, ndims=(len(lhs.shape), len(rhs.shape)), for_lhs=side == 0, **act
+            )
+            if side == 0:
+                options["act_how"] = how
+            else:
+                rhs = jax.eval_shape(lambda x: _qarray.quantize(x, how), rhs)
+        problem = _dot.matmul_problem(lhs, rhs, numbers, **options)
+    elif "," in op:
+        if act_qtype is not None:
+            options["act_how"] = _einsum_act(op, (lhs, rhs), **act)
+        problem = _einsum.matmul_problem(op, lhs, rhs, **options)
+    else:
+        raise ValueError(f"op is {op!r}; it must be 'dot', 'dot_general' or subscripts of two operands.")
+    if problem is None:
+        raise ValueError(
+            f"No quantized kernel is involved in {op!r} of {lhs!r} and {rhs!r}: XLA computes it. "
+            "Quantize one side, or give act_qtype."
+        )
+    return dispatch.explain(problem, chip)
+
+
+def _dot_numbers(lhs: Any, rhs: Any) -> DotDimensionNumbers:
+    a, b = len(lhs.shape), len(rhs.shape)
+    return (((), ()) if 0 in (a, b) else ((a - 1,), (max(b - 2, 0),))), ((), ())
+
+
+def _einsum_act(subscripts: str, operands: Sequence[Any], **act: Any) -> HowToQuantize:
+    if len(operands) != 2:
+        raise ValueError(f"act_qtype needs two operands, but {subscripts!r} has {len(operands)}.")
+    return _einsum.get_how_to_quantize(
+        einsum_str=subscripts,
+        ndims=tuple(len(x.shape) for x in operands),
+        for_lhs=_float_side(*operands) == 0,
+        **act,
+    )
+
+
+def _float_side(lhs: Any, rhs: Any) -> int:
+    """0 or 1: the first operand that is a plain float."""
+    for side, x in enumerate((lhs, rhs)):
+        if not isinstance(x, QArray | TransposedQArray) and _qarray.numerics.should_quantize(x.dtype):
+            return side
+    raise ValueError(f"act_qtype quantizes a float operand, but there is none: {lhs!r} and {rhs!r}.")
+
+
+def _abstract(x: Any) -> Any:
+    """Shapes and dtypes of an operand in any form that `explain` takes."""
+    if isinstance(x, tuple) and len(x) == 2 and not hasattr(x, "shape"):
+        return jax.ShapeDtypeStruct(tuple(x[0]), jnp.dtype(x[1]))
+    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), x)
