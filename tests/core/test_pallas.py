@@ -397,7 +397,10 @@ def test_arguments_in_a_tree_and_under_jit_and_vmap():
     )
     bias = normal(64, 128)
     out = jax.jit(jax.vmap(lambda q, bias: call({"q": q, "bias": bias}), (0, None)))(q, bias)
-    np.testing.assert_array_equal(out, qpl.dequantize(q) + bias)
+    expected = float64(q) + float64(bias)
+    # Compiled together, the scale's product and the sum may round once.
+    bound = 2 * EPS * (np.abs(float64(q)) + np.abs(float64(bias)))
+    np.testing.assert_array_less(np.abs(np.asarray(out, np.float64) - expected), bound)
 
 
 def test_plain_arrays_are_left_to_pallas():
