@@ -120,7 +120,9 @@ class _Patch:
         self.users = 0
         self.saved = getattr(self.owner, self.attribute)
         # A class attribute is put back as it was stored: a method, a staticmethod, a property.
-        self.own = vars(self.owner).get(self.attribute, self.saved) if isinstance(self.owner, type) else self.saved
+        self.own = (
+            vars(self.owner).get(self.attribute, self.saved) if isinstance(self.owner, type) else self.saved
+        )
         self.original = self._copy() if self.attribute == _CODE else self.saved
 
     @property
@@ -207,7 +209,9 @@ class _InterceptionManager:
             patch = _Patch(name)
             for other in self._patches.values():
                 if other.identity == patch.identity:
-                    raise ValueError(f"{name!r} and {other.name!r} are the same thing: intercept one of them.")
+                    raise ValueError(
+                        f"{name!r} and {other.name!r} are the same thing: intercept one of them."
+                    )
             patch.install(functools.partial(self._dispatch, patch))
             self._patches[name] = patch
         patch.users += 1
@@ -266,7 +270,10 @@ def wrap_func_intercepted(
         args, kwargs = input_transform(args, kwargs)
         interception_manager.activate_interceptor(interceptor)
         try:
-            with trace_context(_token(interceptor.id)), jax.disable_jit() if disable_jit else contextlib.nullcontext():
+            with (
+                trace_context(_token(interceptor.id)),
+                jax.disable_jit() if disable_jit else contextlib.nullcontext(),
+            ):
                 output = func(*args, **kwargs)
         finally:
             interception_manager.deactivate_interceptor(interceptor)

@@ -143,6 +143,11 @@ def current_run() -> Run | None:
     return _runs.stack[-1] if _runs.stack else None
 
 
+def all_runs() -> Sequence[Run]:
+    """All calls of quantized models that are going on, on this thread."""
+    return tuple(_runs.stack)
+
+
 @contextlib.contextmanager
 def running(provider: QuantizationProvider) -> Iterator[Run]:
     """Marks the duration of one call of a quantized model, in JAX's jit caches too."""
@@ -269,6 +274,18 @@ class QuantizationProvider:
                 return rule
         return None
 
+    def note_quality(self, keys: Sequence[tuple[str, str]], sqnr_db: float | None) -> None:
+        """Adds a weight's SQNR to the records of the ops that eat it; None (there are no values) adds nothing."""
+        for key in keys if sqnr_db is not None else ():
+            self.records[key] = dataclasses.replace(self.records[key], sqnr_db=sqnr_db)
+
+    def may_match(self, path: str) -> bool:
+        """Whether some op of the module might be quantized."""
+        return any(
+            rule.weight_qtype is not None and compiled.fullmatch(path)
+            for rule, compiled in zip(self._rules, self._compiled, strict=True)
+        )
+
     def get_unused_rules(self) -> list[QuantizationRule]:
         """The rules that matched no op.
 
@@ -289,8 +306,7 @@ class QuantizationProvider:
             self._warn_once(f"The rule {rule} matched no op. {self._hint(rule)}")
         if self._rules and not any(record.is_quantized for record in self.records.values()):
             self._warn_once(
-                "No op of the model was quantized. `qwix.report` says why for each; "
-                f"{self._hint(None)}"
+                f"No op of the model was quantized. `qwix.report` says why for each; {self._hint(None)}"
             )
 
     def _hint(self, rule: QuantizationRule | None) -> str:
@@ -326,6 +342,7 @@ __all__ = [
     "QuantizationRule",
     "Run",
     "TileSize",
+    "all_runs",
     "current_run",
     "get_current_rule",
     "running",

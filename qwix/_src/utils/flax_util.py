@@ -32,6 +32,7 @@ nnx.register_variable_name("quant_stats", QuantStat, overwrite=True)
 class _Paths(threading.local):
     def __init__(self) -> None:
         self.stack: list[dict[int, Path]] = []
+        self.linen_roots: list[Path] = []
 
 
 _paths = _Paths()
@@ -45,6 +46,22 @@ def nnx_paths(root: nnx.Module) -> Iterator[None]:
         yield
     finally:
         _paths.stack.pop()
+
+
+@contextlib.contextmanager
+def linen_root(root: nn.Module | None) -> Iterator[None]:
+    """Inside, paths of linen modules are counted from `root`; None: from where the scopes' paths begin."""
+    _paths.linen_roots.append(() if root is None else root.path)
+    try:
+        yield
+    finally:
+        _paths.linen_roots.pop()
+
+
+def from_linen_root(path: Path) -> Path:
+    """A scope's path as rules see it."""
+    root = _paths.linen_roots[-1] if _paths.linen_roots else ()
+    return path[len(root) :] if path[: len(root)] == root else path
 
 
 def _linen_module() -> nn.Module | None:
@@ -78,7 +95,7 @@ def get_current_module_path() -> Path:
     that of the module around it.
     """
     if (linen := _linen_module()) is not None:
-        return linen.path
+        return from_linen_root(linen.path)
     known = _paths.stack[-1] if _paths.stack else {}
     for module in _nnx_modules():
         if id(module) in known:
@@ -97,17 +114,19 @@ def should_update_quant_stats() -> bool:
 def get_or_create_variable(collection: str, name: str, init_fn: Callable[[], Any]) -> Any:
     """A variable of the current module, made by `init_fn` if it isn't there.
 
-    Returns something with a mutable `.value`. Raises ValueError if what's there has other shapes or dtypes.
+    Returns linen's or NNX's variable. Raises ValueError if what's there has other shapes or dtypes.
     """
     module = get_current_module()
     if isinstance(module, nn.Module):
         variable = module.scope.variable(collection, name, init_fn)
+        value = variable.value
     else:
         variable = getattr(module, name, None)
         if variable is None:
             variable = nnx.variable_type_from_name(collection)(init_fn())
             setattr(module, name, variable)
-    _check_like(name, unbox(variable.value), jax.eval_shape(init_fn))
+        value = variable.get_value()
+    _check_like(name, unbox(value), jax.eval_shape(init_fn))
     return variable
 
 
@@ -255,7 +274,9 @@ def update_boxed(
         return boxed.replace(value=value, **fields)
     if hasattr(boxed, "shape") and hasattr(boxed, "dtype"):
         return value
-    raise ValueError(f"Unsupported type: {type(boxed).__name__}. Boxes are linen AxisMetadata or nnx.Variable.")
+    raise ValueError(
+        f"Unsupported type: {type(boxed).__name__}. Boxes are linen AxisMetadata or nnx.Variable."
+    )
 
 
 def get_value_from_path(obj: Any, path: Sequence[str | int]) -> Any:

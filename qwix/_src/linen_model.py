@@ -1,0 +1,198 @@
+"""Converting Linen modules: their `init` makes quantized params, and `apply` computes with them.
+
+`init` runs the float module, sees abstractly which op eats which param, quantizes those params one by one, and
+returns the output of the quantized module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import traverse_util
+from flax.core import scope as flax_scope
+
+from qwix._src import interception, model_class, op_trace, qconfig
+from qwix._src.core import qarray
+from qwix._src.model_weights import Discovery, Found
+from qwix._src.providers.boxed_param import BoxedParamProvider, create_quantized_param
+from qwix._src.report_records import sqnr_db
+from qwix._src.static_range import StaticScales
+from qwix._src.utils import flax_util
+from qwix._src.weight import WeightInfo, tag
+from qwix._src.with_aux import WithAux
+
+_is_aux = lambda x: isinstance(x, WithAux)
+
+
+def quantize_linen_model(
+    model: nn.Module, provider: qconfig.QuantizationProvider, methods: Sequence[str]
+) -> nn.Module:
+    """See `qwix.quantize_model`."""
+    base = model_class.original(type(model))
+    for method in methods:
+        model_class.check_method(base, method)
+    converted = model.clone()
+    object.__setattr__(converted, "__class__", model_class.make(base, provider, methods, call))
+    return converted
+
+
+def call(
+    provider: qconfig.QuantizationProvider, base: type, method: str, model: Any, args: Any, kwargs: Any
+) -> Any:
+    """One call of a converted module."""
+    plain = getattr(base, method)
+    if model.scope is None:
+        return plain(model, *args, **kwargs)
+    model, args, kwargs = provider.process_model_inputs(model, args, kwargs)
+    if not isinstance(provider, BoxedParamProvider):
+        with qconfig.running(provider), flax_util.linen_root(model):
+            output = _intercepted(provider, plain)(model, *args, **kwargs)
+    elif model.is_initializing() and not _holds_quantized(model):
+        output = _initialize(provider, plain, model, args, kwargs)
+    else:
+        params = _params(model)
+        scales = StaticScales(lambda path, name: _get(params, path, name), None)
+        output = _run(provider, scales, model, lambda: plain(model, *args, **kwargs))
+    return provider.process_model_output(method, output)
+
+
+def _intercepted(
+    provider: qconfig.QuantizationProvider, fn: Callable[..., Any], **extra: Any
+) -> Callable[..., Any]:
+    for make in provider.get_interceptors():
+        more = lambda make=make: _with_scope_param(make(), extra)
+        fn = interception.wrap_func_intercepted(fn, more, disable_jit=provider.disable_jit)
+    return fn
+
+
+def _with_scope_param(
+    interceptor: interception.Interceptor, extra: Mapping[str, Any]
+) -> interception.Interceptor:
+    return dataclasses.replace(interceptor, mapping={**interceptor.mapping, **extra})
+
+
+_SCOPE_PARAM = {"flax.core.scope.Scope.param": lambda *args, **kwargs: _scope_param(*args, **kwargs)}
+
+
+def _run(provider: BoxedParamProvider, scales: StaticScales, model: nn.Module, fn: Callable[[], Any]) -> Any:
+    """Runs code of the module with its ops carried out by the provider."""
+    handler = provider.op_handler(scales, strict=True)
+    with qconfig.running(provider), flax_util.linen_root(model):
+        run = _intercepted(provider, op_trace.run, **_SCOPE_PARAM)
+        return run(handler, lambda _: fn())
+
+
+def _scope_param(
+    scope: flax_scope.Scope,
+    name: str,
+    init_fn: Callable[..., Any],
+    *args: Any,
+    unbox: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """`Scope.param`, where the param may be quantized."""
+    stored = scope.get_variable("params", name) if scope.has_variable("params", name) else None
+    info = WeightInfo(flax_util.from_linen_root(scope.path), name)
+    if not isinstance(stored, WithAux):
+        value = flax_scope.Scope.param(scope, name, init_fn, *args, unbox=unbox, **kwargs)
+        is_array = unbox and hasattr(value, "dtype") and jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
+        return tag(value, info) if is_array and stored is not None else value
+    scope.reserve(name, "params")
+    expected = jax.eval_shape(lambda: init_fn(jax.random.key(0), *args, **kwargs))
+    shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(expected)]
+    if shapes != [stored.shape]:
+        raise ValueError(
+            f"The quantized param {info.full_path!r} has shape {stored.shape}, but the module's is {shapes[0]}. Are "
+            "these the params of another model?"
+        )
+    rule = stored.info.rule if stored.info else None
+    return tag(stored.unboxed, dataclasses.replace(info, rule=rule))
+
+
+def _initialize(
+    provider: BoxedParamProvider, plain: Callable[..., Any], model: nn.Module, args: Any, kwargs: Any
+) -> Any:
+    """Makes float params, quantizes them where they are, and returns what the quantized module does."""
+    rngs = {name: rng.as_jax_rng() for name, rng in model.scope.rngs.items()}
+    before = {c: v for c, v in _variables(model).items() if c != "params"}
+    plain(model, *args, **kwargs)
+    variables = _variables(model)
+    apply = lambda variables: model.clone(parent=None).apply(
+        variables, *args, rngs=rngs, mutable=True, method=plain, **kwargs
+    )[0]
+    found = _discover(provider, model, variables, apply)
+    params = model.scope._mutable_collection("params")
+    for key, what in found.items():
+        _quantize(provider, params, key, what)
+    stored = {"params": flax_util.unbox(_plain(params))}
+    writes = lambda path, name, value: _put(params, path, name, value)
+    scales = StaticScales(lambda path, name: _get(params, path, name), writes)
+    provider.finish()
+    return _run(provider, scales, model, lambda: apply({**variables, **before, **stored}))
+
+
+def _discover(
+    provider: BoxedParamProvider, model: nn.Module, variables: Mapping[str, Any], apply: Callable[[Any], Any]
+) -> dict[tuple[str | int, ...], Found]:
+    handler = Discovery(provider)
+    flat = traverse_util.flatten_dict(variables.get("params", {}))
+    rest = {collection: tree for collection, tree in variables.items() if collection != "params"}
+
+    def body(leaves: Mapping[tuple[str, ...], Any], rest: Mapping[str, Any]) -> None:
+        def run(trace: op_trace.OpTrace) -> None:
+            tagged = {p: op_trace.new_weight(trace, x, WeightInfo(p[:-1], p[-1])) for p, x in leaves.items()}
+            apply({**rest, "params": traverse_util.unflatten_dict(tagged)})
+
+        with qconfig.running(provider), flax_util.linen_root(None):
+            _intercepted(provider, op_trace.run, **_SCOPE_PARAM)(handler, run)
+
+    jax.eval_shape(body, flat, rest)
+    return handler.found
+
+
+def _quantize(provider: BoxedParamProvider, params: Any, key: tuple[Any, ...], what: Found) -> None:
+    *path, name = key
+    for part in path:
+        params = params[part]
+    raw = flax_util.unbox(params[name])
+    weight = create_quantized_param(
+        what.info.full_path,
+        params[name],
+        what.how,
+        info=what.info,
+        lifted=what.lifted,
+        _qarray_module=provider._qarray,
+    )
+    provider.note_quality(what.records, sqnr_db(raw, qarray.dequantize(weight.unboxed)))
+    params[name] = weight
+
+
+def _variables(model: nn.Module) -> dict[str, Any]:
+    """The module's own variables, unboxed, as nested dicts that are nobody else's."""
+    return {c: flax_util.unbox(_plain(model.scope._collection(c))) for c in model.scope.root._variables}
+
+
+def _params(model: nn.Module) -> Any:
+    return model.scope._collection("params")
+
+
+def _holds_quantized(model: nn.Module) -> bool:
+    return any(map(_is_aux, jax.tree.leaves(_plain(_params(model)), is_leaf=_is_aux)))
+
+
+def _plain(tree: Any) -> Any:
+    return {k: _plain(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _get(params: Any, path: str, name: str) -> Any:
+    return flax_util.get_value_from_path(params, (*filter(None, path.split("/")), name))
+
+
+def _put(params: Any, path: str, name: str, value: Any) -> None:
+    for part in filter(None, path.split("/")):
+        params = params.setdefault(part, {})
+    params[name] = value

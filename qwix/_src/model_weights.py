@@ -1,0 +1,161 @@
+"""Finding the weights of a model: every param that an op eats, and how it must be quantized for that op.
+
+The model runs once, abstractly (nothing is computed), with its params as tracers that remember where they come
+from. No array is made or copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from qwix._src import op_plan, op_trace, qconfig, weight_view
+from qwix._src.core import dot_general, qarray
+from qwix._src.op_plan import OpPlan
+from qwix._src.report_records import OpRecord, device_bytes
+from qwix._src.weight import WeightInfo, WeightTracer
+
+OP_NAMES = {"ragged_dot_general": "ragged_dot"}
+EINSUM_SCOPE = "qwix_einsum"
+
+Key = tuple[str | int, ...]  # path of the module, then the param's name
+
+
+@dataclasses.dataclass
+class Found:
+    """A param that will be quantized."""
+
+    info: WeightInfo
+    how: qarray.HowToQuantize  # in the param's layout
+    records: list[tuple[str, str]]  # keys of the records of the ops that eat it
+    lifted: tuple[int, ...] = ()  # axes of the param that a scan cuts: each entry needs its own scales
+
+
+def op_name(primitive: Any) -> str:
+    """The name by which rules know the op that is being processed."""
+    if primitive.name == "dot_general" and EINSUM_SCOPE in op_trace.scope_names():
+        return "einsum"
+    return OP_NAMES.get(primitive.name, primitive.name)
+
+
+class Discovery:
+    """The handler of the abstract run. `found` is its result."""
+
+    def __init__(self, provider: qconfig.QuantizationProvider):
+        self.provider = provider
+        self.found: dict[Key, Found] = {}
+
+    def tagged(self, trace: op_trace.OpTrace, args: Sequence[Any], params: dict[str, Any]) -> Any:
+        return op_trace.tagged_weight(trace, args, params)
+
+    def contraction(
+        self, trace: op_trace.OpTrace, primitive: Any, args: Sequence[Any], params: dict[str, Any]
+    ) -> Any:
+        plan = op_plan.plan_contraction(self.provider, op_name(primitive), args, params)
+        self._note(plan, args, params)
+        return trace.bind(primitive, args, params)
+
+    def lookup(
+        self, trace: op_trace.OpTrace, primitive: Any, args: Sequence[Any], params: dict[str, Any]
+    ) -> Any:
+        (row_axis,) = params["dimension_numbers"].start_index_map
+        self._note(op_plan.plan_lookup(self.provider, args[0], row_axis), args, params)
+        return trace.bind(primitive, args, params)
+
+    def _note(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> None:
+        weight = None if plan.weight_side is None else args[plan.weight_side]
+        how = None
+        if weight is not None and plan.weight_how is not None and not weight.is_quantized:
+            plan, how = self._add(plan, weight)
+        record = make_record(plan, args, params, how)
+        self.provider.records.setdefault((plan.path, plan.op_id), record)
+
+    def _add(self, plan: OpPlan, weight: WeightTracer) -> tuple[OpPlan, qarray.HowToQuantize | None]:
+        """Settles how the weight is quantized; the first op that eats it decides, and others must do with that."""
+        shape = weight.view[0].old if weight.view else tuple(weight.shape)
+        try:
+            how = weight_view.to_param(plan.weight_how, weight.view, weight.shape)
+        except ValueError as error:
+            return plan.keep_float(f"the weight's scales can't follow it here: {error}"), None
+        key = (*(weight.info.path or ()), weight.info.name)
+        found = self.found.get(key)
+        if found is None:
+            info = dataclasses.replace(weight.info, rule=plan.rule)
+            found = self.found[key] = Found(info, how, [], weight_view.lifted(weight.view))
+        elif weight_view.runs_of(found.how, shape) != weight_view.runs_of(how, shape):
+            return plan.keep_float(
+                "the weight is quantized for another op, with scales that don't suit this one"
+            ), None
+        elif found.how.qtype != how.qtype:
+            return plan.keep_float(f"the weight is quantized to {found.how.qtype} for another op"), None
+        found.records.append((plan.path, plan.op_id))
+        return plan, found.how
+
+
+def make_record(
+    plan: OpPlan, args: Sequence[Any], params: dict[str, Any], how: qarray.HowToQuantize | None
+) -> OpRecord:
+    """What a report says of the op. `how` is the weight's, in the param's layout."""
+    weight = None if plan.weight_side is None else args[plan.weight_side]
+    facts: dict[str, Any] = {}
+    if weight is not None:
+        shape = weight.view[0].old if weight.view else tuple(weight.shape)
+        dtype = weight.payload.dtype
+        abstract = jax.ShapeDtypeStruct(shape, dtype)
+        before = after = device_bytes(abstract)
+        if how is not None:
+            after = device_bytes(op_plan.quantized_shape(shape, dtype, how))
+        facts = {
+            "weight": weight.info.name,
+            "weight_shape": shape,
+            "weight_dtype": str(dtype),
+            "device_bytes_before": before,
+            "device_bytes_after": after,
+        }
+    quantized_act = next((h.qtype for h in plan.act_hows if h is not None), None)
+    return OpRecord(
+        path=plan.path,
+        op=plan.op,
+        op_id=plan.op_id,
+        lhs_shape=tuple(args[0].shape),
+        rhs_shape=tuple(args[1].shape),
+        rule=plan.rule,
+        how=how if plan.reason is None else None,
+        act_qtype=quantized_act,
+        problem=_problem(plan, args, params),
+        reason=plan.reason,
+        **facts,
+    )
+
+
+def _problem(plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> Any:
+    """The matmul that a kernel will be given; None for what isn't one, or stays float."""
+    if plan.reason is not None or plan.op not in ("dot_general", "einsum"):
+        return None
+    sides: list[Any] = [jax.ShapeDtypeStruct(tuple(a.shape), a.dtype) for a in args[:2]]
+    static = plan.rule is not None and plan.rule.act_static_scale
+    dynamic: dict[int, qarray.HowToQuantize] = {}
+    for side, how in enumerate(plan.act_hows):
+        if how is not None and plan.weight_side is not None and not static:
+            dynamic[side] = how
+        elif how is not None:
+            sides[side] = op_plan.quantized_shape(sides[side].shape, sides[side].dtype, how)
+    if plan.weight_how is not None:
+        weight = sides[plan.weight_side]
+        sides[plan.weight_side] = op_plan.quantized_shape(weight.shape, weight.dtype, plan.weight_how)
+    dnums = params["dimension_numbers"]
+    if plan.weight_side == 0:
+        sides, dnums = sides[::-1], swapped(dnums)
+    act_how = next(iter(dynamic.values()), None)
+    return dot_general.matmul_problem(
+        *sides, dnums, act_how=act_how, preferred_element_type=params["preferred_element_type"]
+    )
+
+
+def swapped(dnums: Any) -> Any:
+    """The dimension numbers of the same dot with its sides exchanged."""
+    (lc, rc), (lb, rb) = dnums
+    return (tuple(rc), tuple(lc)), (tuple(rb), tuple(lb))

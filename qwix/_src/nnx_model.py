@@ -1,0 +1,260 @@
+"""Converting NNX models, and calling them.
+
+The new model is a merge of the old one's graph and state: new objects that hold the same arrays, so nothing is
+cloned. Weights are then quantized one at a time; until all are, nobody has a reference to the new model, so an
+error leaves nothing half-changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from qwix._src import interception, model_class, op_trace, qconfig, standard_layers
+from qwix._src.core import qarray
+from qwix._src.model_weights import Discovery, Found, Key
+from qwix._src.providers.boxed_param import BoxedParamProvider, create_quantized_param
+from qwix._src.report_records import sqnr_db
+from qwix._src.static_range import StaticScales
+from qwix._src.utils import flax_util
+from qwix._src.weight import WeightInfo, WeightTracer
+from qwix._src.with_aux import WithAux
+
+
+def quantize_nnx_model(
+    model: nnx.Module,
+    provider: qconfig.QuantizationProvider,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    methods: Sequence[str],
+) -> nnx.Module:
+    """See `qwix.quantize_model`."""
+    base = model_class.original(type(model))
+    for method in methods:
+        model_class.check_method(base, method)
+    graphdef, state = nnx.split(model)
+    fresh = nnx.merge(graphdef, state)
+    kwargs = dict(kwargs)
+    rngs = _pop_rngs(base, methods, kwargs)
+    run_once = not kwargs.pop("skip_nnx_init", False) and bool(inputs or kwargs)
+    if isinstance(provider, BoxedParamProvider):
+        if run_once:
+            found = discover(fresh, provider, _caller(methods), (tuple(inputs), kwargs))
+        else:
+            found = discover(fresh, provider, lambda shadow: standard_layers.call_all(shadow), ())
+            _warn_of_others(fresh, provider, found)
+        convert(fresh, provider, found)
+    object.__setattr__(fresh, "__class__", model_class.make(base, provider, methods, call))
+    if run_once and any(rule.act_static_scale for rule in provider._rules):
+        _first_run(fresh, inputs, kwargs, methods, rngs)
+    provider.finish()
+    return fresh
+
+
+def _pop_rngs(base: type, methods: Sequence[str], kwargs: dict[str, Any]) -> nnx.Rngs | None:
+    """The rngs that are for the provider: those that the model's own method has no parameter for."""
+    if "rngs" not in kwargs or any("rngs" in inspect.signature(getattr(base, m)).parameters for m in methods):
+        return None
+    rngs = kwargs.pop("rngs")
+    if not isinstance(rngs, nnx.Rngs):
+        raise ValueError(f"Rngs must be an nnx.Rngs instance, got {type(rngs).__name__}.")
+    return rngs
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A place that holds a param: `owner.name`, where the owner is reached by `path`."""
+
+    owner: nnx.Module
+    path: tuple[str | int, ...]
+    name: str
+    value: Any
+
+
+def slots(model: nnx.Module) -> Iterator[Slot]:
+    """All places of params, WithAux ones included; a shared param has several."""
+    for path, module in nnx.iter_modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, nnx.Param | WithAux):
+                yield Slot(module, tuple(path), str(name), value)
+
+
+def _caller(methods: Sequence[str]) -> Callable[..., None]:
+    def call_methods(shadow: nnx.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        for method in methods:
+            getattr(shadow, method)(*args, **kwargs)
+
+    return call_methods
+
+
+def _warn_of_others(
+    model: nnx.Module, provider: qconfig.QuantizationProvider, found: Mapping[Key, Found]
+) -> None:
+    """Names the matrices that a rule may mean but whose ops nobody has seen."""
+    seen = {path for path, _ in provider.records}
+    others = []
+    for slot in slots(model):
+        path = "/".join(map(str, slot.path))
+        raw = slot.value.get_raw_value() if isinstance(slot.value, nnx.Param) else None
+        if path not in seen and len(getattr(raw, "shape", ())) > 1 and provider.may_match(path):
+            others.append("/".join(map(str, (*slot.path, slot.name))))
+    if others:
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        warnings.warn(
+            f"These params stay float, because only Flax's own layers are known without sample inputs: {shown}. "
+            "Call quantize_model(model, provider, *sample_inputs).",
+            stacklevel=4,
+        )
+
+
+def discover(
+    model: nnx.Module,
+    provider: qconfig.QuantizationProvider,
+    use: Callable[..., None],
+    inputs: Sequence[Any],
+) -> dict[Key, Found]:
+    """Which params to quantize, by an abstract run of `use(model, *inputs)`."""
+    graphdef, state = nnx.split(model)
+    handler = Discovery(provider)
+    leaves, rebuild = _abstract((state, *inputs))
+
+    def body(*leaves: Any) -> None:
+        shadow_state, *arguments = rebuild(leaves)
+        shadow = nnx.merge(graphdef, shadow_state)
+
+        def run(trace: op_trace.OpTrace) -> None:
+            _plant(shadow, trace)
+            use(shadow, *arguments)
+
+        with flax_util.nnx_paths(shadow), qconfig.running(provider):
+            _intercepted(provider, op_trace.run)(handler, run)
+
+    jax.eval_shape(body, *leaves)
+    return handler.found
+
+
+def _abstract(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """(the array leaves, how to put others in their place); other leaves (flags, sizes) stay as they are."""
+    tree = jax.tree.map(
+        lambda x: nnx.split(x) if isinstance(x, nnx.Pytree) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, nnx.Pytree),
+    )
+    leaves, treedef = jax.tree.flatten(tree)
+    is_array = [isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for x in leaves]
+
+    def rebuild(arrays: Sequence[Any]) -> Any:
+        rest = iter(arrays)
+        filled = [next(rest) if a else x for x, a in zip(leaves, is_array, strict=True)]
+        is_split = lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], nnx.GraphDef)
+        unflat = jax.tree.unflatten(treedef, filled)
+        return jax.tree.map(lambda x: nnx.merge(*x) if is_split(x) else x, unflat, is_leaf=is_split)
+
+    return [x for x, a in zip(leaves, is_array, strict=True) if a], rebuild
+
+
+def _plant(shadow: nnx.Module, trace: op_trace.OpTrace) -> None:
+    """Makes every param a weight that knows where it comes from."""
+    for slot in slots(shadow):
+        if isinstance(slot.value, nnx.Param):
+            raw = slot.value.get_raw_value()
+            if hasattr(raw, "dtype") and not isinstance(raw, WeightTracer):
+                info = WeightInfo(slot.path, slot.name)
+                slot.value.set_raw_value(op_trace.new_weight(trace, raw, info))
+
+
+def convert(model: nnx.Module, provider: qconfig.QuantizationProvider, found: Mapping[Key, Found]) -> None:
+    """Quantizes the params that were found, one after the other, in place."""
+    done: dict[int, tuple[nnx.Param, WithAux]] = {}
+    for slot in list(slots(model)):
+        if id(slot.value) in done:  # shared: the other places hold the same object
+            setattr(slot.owner, slot.name, done[id(slot.value)][1])
+        elif (what := found.get((*slot.path, slot.name))) and isinstance(slot.value, nnx.Param):
+            quantized = _quantize(slot, what, provider)
+            done[id(slot.value)] = slot.value, quantized
+            setattr(slot.owner, slot.name, quantized)
+
+
+def _quantize(slot: Slot, what: Found, provider: Any) -> WithAux:
+    raw = slot.value.get_raw_value()
+    kwargs = {"info": what.info, "lifted": what.lifted, "_qarray_module": provider._qarray}
+    if isinstance(raw, jax.ShapeDtypeStruct):
+        return jax.eval_shape(
+            lambda x: create_quantized_param(slot.name, slot.value.copy(x), what.how, **kwargs), raw
+        )
+    quantized = create_quantized_param(what.info.full_path, slot.value, what.how, **kwargs)
+    provider.note_quality(what.records, sqnr_db(raw, qarray.dequantize(quantized.unboxed)))
+    return quantized
+
+
+def _first_run(
+    model: nnx.Module,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    methods: Sequence[str],
+    rngs: nnx.Rngs | None,
+) -> None:
+    """Runs the converted model on the sample inputs, which finds static scales."""
+    set_attributes(model, disable_quant_stats_update=True, qwix_rngs=rngs, _qwix_converting=True)
+    for method in methods:
+        getattr(model, method)(*inputs, **kwargs)
+    for _, module in nnx.iter_modules(model):
+        for name in ("disable_quant_stats_update", "qwix_rngs", "_qwix_converting"):
+            if name in vars(module):
+                delattr(module, name)
+
+
+def set_attributes(model: nnx.Module, **attributes: Any) -> None:
+    """Sets attributes on every module of the model."""
+    for _, module in nnx.iter_modules(model):
+        for name, value in attributes.items():
+            setattr(module, name, value)
+
+
+def call(
+    provider: qconfig.QuantizationProvider, base: type, method: str, model: Any, args: Any, kwargs: Any
+) -> Any:
+    """One call of a converted model."""
+    model, args, kwargs = provider.process_model_inputs(model, args, kwargs)
+    fn = getattr(base, method)
+    with flax_util.nnx_paths(model), qconfig.running(provider):
+        if isinstance(provider, BoxedParamProvider):
+            handler = provider.op_handler(_static_scales(model), strict=False)
+            run = _intercepted(provider, op_trace.run)
+            output = run(handler, lambda _: fn(model, *args, **kwargs))
+        else:
+            output = _intercepted(provider, fn)(model, *args, **kwargs)
+    return provider.process_model_output(method, output)
+
+
+def _intercepted(provider: qconfig.QuantizationProvider, fn: Callable[..., Any]) -> Callable[..., Any]:
+    for make in provider.get_interceptors():
+        fn = interception.wrap_func_intercepted(fn, make, disable_jit=provider.disable_jit)
+    return fn
+
+
+def _static_scales(model: nnx.Module) -> StaticScales:
+    """The model's own attributes. They can be made while it's being converted."""
+    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+
+    def read(path: str, name: str) -> Any:
+        return getattr(modules.get(path), name, None)
+
+    def write(path: str, name: str, value: WithAux) -> None:
+        setattr(modules[path], name, value.replace(array=nnx.Param(value.array)))
+
+    def stats(path: str, name: str) -> Any:
+        stat = getattr(modules.get(path), name, None)
+        if not isinstance(stat, flax_util.QuantStat):
+            return None
+        delattr(modules[path], name)
+        return stat.get_value()
+
+    return StaticScales(read, write if getattr(model, "_qwix_converting", False) else None, stats)

@@ -1,0 +1,160 @@
+"""What to do with one op of a model: decided once from static facts, the same way when a model is converted and
+when it runs. No arrays are touched here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from qwix._src import qconfig
+from qwix._src.core import dot_general, numerics, qarray
+from qwix._src.utils import flax_util
+from qwix._src.weight import WeightTracer
+
+# Contractions of activations shorter than this stay float: outer products and rotations gain nothing.
+MIN_ACTIVATION_K = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpPlan:
+    """One op: the rule that decides, the side that is a weight, and how each side is quantized."""
+
+    op: str
+    path: str
+    op_id: str
+    rule: qconfig.QuantizationRule | None
+    weight_side: int | None = None  # 0 or 1; None: no operand is a weight
+    weight_how: qarray.HowToQuantize | None = None  # in the layout in which the op gets the weight
+    act_hows: tuple[qarray.HowToQuantize | None, qarray.HowToQuantize | None] = (None, None)
+    reason: str | None = None  # why it stays float; None: it's quantized
+
+    def keep_float(self, reason: str) -> OpPlan:
+        return dataclasses.replace(self, weight_how=None, act_hows=(None, None), reason=reason)
+
+
+def plan_contraction(
+    provider: qconfig.QuantizationProvider, op: str, args: Sequence[Any], params: Mapping[str, Any]
+) -> OpPlan:
+    """The plan for a dot or a convolution of `args[0]` and `args[1]`.
+
+    Raises:
+      ValueError: the rule can't be carried out on this weight; the message names it.
+    """
+    sides = [i for i, a in enumerate(args[:2]) if isinstance(a, WeightTracer)]
+    path = module_path(args[sides[-1]] if sides else None)
+    rule, op_id = provider._get_current_rule_and_op_id(op, path=path)
+    plan = OpPlan(op=op, path=path, op_id=op_id, rule=rule, weight_side=sides[-1] if sides else None)
+    if rule is None:
+        return plan.keep_float("no rule matches")
+    if len(sides) == 2:
+        return plan.keep_float("both operands are weights")
+    if any(not numerics.should_quantize(a.dtype) for a in args[:2]):
+        return plan.keep_float(f"operands are {args[0].dtype} and {args[1].dtype}, not both float")
+    if op not in ("dot_general", "einsum"):
+        return plan.keep_float(f"{op} is not quantized by this provider")
+    hows = [_axes(args, params, side, rule) for side in (0, 1)]
+    if sides:
+        return _plan_weight(plan, args, sides[0], hows)
+    return _plan_activations(plan, args, params, hows)
+
+
+def module_path(weight: WeightTracer | None) -> str:
+    """Where an op belongs: to the module that owns its weight, else to the one that is running."""
+    path = None if weight is None else weight.info.module_path
+    return "/".join(map(str, flax_util.get_current_module_path())) if path is None else path
+
+
+def _plan_weight(plan: OpPlan, args: Sequence[Any], side: int, hows: Sequence[Any]) -> OpPlan:
+    rule = plan.rule
+    if rule.weight_qtype is None:
+        why = "act_qtype without weight_qtype: an op with a float weight gains nothing from that"
+        return plan.keep_float(why if rule.act_qtype is not None else "the rule has no qtype")
+    weight = args[side]
+    how = _checked(weight, hows[side], rule.weight_qtype, rule.weight_calibration_method, weight.shape)
+    acts: list[Any] = [None, None]
+    if rule.act_qtype is not None:
+        acts[1 - side] = _checked(weight, hows[1 - side], rule.act_qtype, rule.act_calibration_method, None)
+    return dataclasses.replace(plan, weight_how=how, act_hows=tuple(acts))
+
+
+def _plan_activations(
+    plan: OpPlan, args: Sequence[Any], params: Mapping[str, Any], hows: Sequence[Any]
+) -> OpPlan:
+    rule = plan.rule
+    if rule.act_qtype is None:
+        return plan.keep_float("no operand is a weight, and the rule has no act_qtype")
+    (contracted, _), _ = params["dimension_numbers"]
+    length = math.prod(args[0].shape[a] for a in contracted)
+    if length < MIN_ACTIVATION_K:
+        return plan.keep_float(f"an activation-only contraction of {length} < {MIN_ACTIVATION_K} values")
+    acts = []
+    for arg, kwargs in zip(args, hows, strict=False):
+        try:
+            how = qarray.HowToQuantize(
+                qtype=rule.act_qtype, calibration_method=rule.act_calibration_method, **kwargs
+            )
+            qarray.get_scale_shape(tuple(arg.shape), how)
+        except ValueError as error:
+            return plan.keep_float(f"activations only, and {error}")
+        acts.append(how)
+    return dataclasses.replace(plan, act_hows=tuple(acts))
+
+
+def plan_lookup(provider: qconfig.QuantizationProvider, weight: WeightTracer, row_axis: int) -> OpPlan:
+    """The plan for taking rows of a table."""
+    path = module_path(weight)
+    rule, op_id = provider._get_current_rule_and_op_id("take", path=path)
+    plan = OpPlan(op="take", path=path, op_id=op_id, rule=rule, weight_side=0)
+    if rule is None:
+        return plan.keep_float("no rule matches")
+    if rule.weight_qtype is None:
+        return plan.keep_float("a lookup has no activations, and the rule has no weight_qtype")
+    if not numerics.should_quantize(weight.dtype):
+        return plan.keep_float(f"the table is {weight.dtype}, not float")
+    columns = [a for a in range(weight.ndim) if a != row_axis]
+    tiles = rule.tile_size if isinstance(rule.tile_size, Mapping) else {}
+    if rule.tile_size and not tiles and columns:
+        tiles = {columns[-1]: rule.tile_size}
+    kwargs = {"channelwise_axes": () if row_axis in tiles else (row_axis,), "tiled_axes": tiles}
+    how = _checked(weight, kwargs, rule.weight_qtype, rule.weight_calibration_method, weight.shape)
+    return dataclasses.replace(plan, weight_how=how)
+
+
+def _axes(
+    args: Sequence[Any], params: Mapping[str, Any], side: int, rule: qconfig.QuantizationRule
+) -> dict[str, Any]:
+    """Which axes of one side have scales of their own, as arguments of HowToQuantize."""
+    how = dot_general.get_how_to_quantize(
+        dimension_numbers=params["dimension_numbers"],
+        ndims=(args[0].ndim, args[1].ndim),
+        for_lhs=side == 0,
+        tile_size=rule.tile_size,
+        qtype="int8",
+    )
+    return {"channelwise_axes": how.channelwise_axes, "tiled_axes": how.tiled_axes}
+
+
+def _checked(
+    weight: WeightTracer, kwargs: Mapping[str, Any], qtype: Any, method: str, shape: Sequence[int] | None
+) -> qarray.HowToQuantize:
+    """The how, if it fits this weight's op. Raises ValueError that names the weight."""
+    try:
+        how = qarray.HowToQuantize(qtype=qtype, calibration_method=method, **kwargs)
+        if shape is not None:
+            qarray.get_scale_shape(tuple(shape), how)
+    except ValueError as error:
+        raise ValueError(
+            f"The weight {weight.info.full_path!r} of shape {tuple(weight.shape)} can't be quantized as its rule "
+            f"says: {error}"
+        ) from error
+    return how
+
+
+def quantized_shape(shape: Sequence[int], dtype: Any, how: qarray.HowToQuantize) -> qarray.QArray:
+    """The QArray of an array of this shape, without arrays."""
+    return jax.eval_shape(lambda x: qarray.quantize(x, how), jax.ShapeDtypeStruct(tuple(shape), dtype))

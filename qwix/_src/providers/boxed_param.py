@@ -1,0 +1,226 @@
+"""The base of the providers that hold quantized weights: ops get the stored QArrays, and activations are quantized
+on the way.
+
+An op is decided about in op_plan; here it's carried out. Float results of an op have the dtype that the float op
+would have.
+"""
+
+from __future__ import annotations
+
+import importlib
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwix._src import op_plan, op_trace, qconfig, weight_view
+from qwix._src.core import dot_general, qarray
+from qwix._src.model_weights import EINSUM_SCOPE, make_record, op_name, swapped
+from qwix._src.op_plan import OpPlan
+from qwix._src.quantize_params import with_scale_shape
+from qwix._src.static_range import StaticScales, calibrated_act
+from qwix._src.utils import flax_util
+from qwix._src.weight import WeightTracer, dense, materialize
+from qwix._src.with_aux import WithAux
+
+__all__ = ["BoxedParamProvider", "WithAux", "create_quantized_param", "quantize_act"]
+
+
+class BoxedParamProvider(qconfig.QuantizationProvider):
+    """Quantizes weights once and activations at run time, by rules.
+
+    Args:
+      rules: in order; the first that matches an op's module path and name decides about it.
+      disable_jit: run the model under `jax.disable_jit()`.
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[qconfig.QuantizationRule] | qconfig.QuantizationRule,
+        *,
+        disable_jit: bool = False,
+        _qarray_module: types.ModuleType = qarray,
+        _dot_general_fn: Callable[..., jax.Array] = dot_general.dot_general,
+    ):
+        super().__init__(rules, disable_jit=disable_jit)
+        self._qarray = _qarray_module
+        self._dot_general_fn = _dot_general_fn
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_qarray": self._qarray.__name__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"_qarray": importlib.import_module(state["_qarray"])})
+
+    def get_intercept_map(self) -> dict[str, Callable[..., Any]]:
+        """Einsums are named; all else is seen by its primitives."""
+        return {"jax.numpy.einsum": _named_einsum}
+
+    def op_handler(self, scales: StaticScales, *, strict: bool) -> Executor:
+        """What carries out the ops of one call. `strict`: a float weight where a quantized one belongs is an error."""
+        return Executor(self, scales, strict=strict)
+
+
+def _named_einsum(*args: Any, **kwargs: Any) -> Any:
+    with jax.named_scope(EINSUM_SCOPE):
+        return jnp.einsum(*args, **kwargs)
+
+
+class Executor:
+    """The handler of a quantized model's call."""
+
+    def __init__(self, provider: BoxedParamProvider, scales: StaticScales, *, strict: bool):
+        self.provider = provider
+        self.scales = scales
+        self.strict = strict
+
+    def tagged(self, trace: op_trace.OpTrace, args: Sequence[Any], params: dict[str, Any]) -> Any:
+        return op_trace.tagged_weight(trace, args, params)
+
+    def contraction(
+        self, trace: op_trace.OpTrace, primitive: Any, args: Sequence[Any], params: dict[str, Any]
+    ) -> Any:
+        plan = op_plan.plan_contraction(self.provider, op_name(primitive), args, params)
+        plan = self._settled(plan, args)
+        self._record(plan, args, params)
+        if plan.reason is not None:
+            return trace.bind(primitive, args, params)
+        return trace.outside(self._dot, plan, args, params)
+
+    def lookup(
+        self, trace: op_trace.OpTrace, primitive: Any, args: Sequence[Any], params: dict[str, Any]
+    ) -> Any:
+        (row_axis,) = params["dimension_numbers"].start_index_map
+        plan = self._settled(op_plan.plan_lookup(self.provider, args[0], row_axis), args)
+        self._record(plan, args, params)
+        weight, indices = args
+        if not weight.is_quantized:
+            return trace.bind(primitive, args, params)
+        rows = trace.outside(weight_view.look_up, weight.payload, indices, params)
+        return trace.outside(dense, rows, weight.dtype)
+
+    def _settled(self, plan: OpPlan, args: Sequence[Any]) -> OpPlan:
+        """The plan, given what the weight really holds."""
+        if plan.weight_side is None or plan.reason is not None:
+            return plan
+        weight: WeightTracer = args[plan.weight_side]
+        if weight.is_quantized:
+            return plan
+        if self.strict:
+            raise ValueError(
+                f"It seems you're feeding an unquantized param to a quantized model: {weight.info.full_path!r} is "
+                f"{weight.payload.dtype}{list(weight.payload.shape)}. Quantize the params first: qwix.quantize_params("
+                "params, jax.eval_shape(quantized_model.init, rng, *inputs)['params'])."
+            )
+        return plan.keep_float("the weight was not found at conversion; give quantize_model sample inputs")
+
+    def _record(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> None:
+        key = plan.path, plan.op_id
+        if key not in self.provider.records:
+            how = None if plan.weight_side is None else plan.weight_how
+            self.provider.records[key] = make_record(plan, args, params, how)
+
+    def _dot(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> jax.Array:
+        """A dot in the parent trace, the weight or the second activation on the right."""
+        operands: list[Any] = [a.payload if isinstance(a, WeightTracer) else a for a in args]
+        act_how = None
+        for side, how in enumerate(plan.act_hows):
+            if how is None:
+                continue
+            if plan.rule.act_static_scale:
+                name = f"{plan.op_id}_{('lhs', 'rhs')[side]}"
+                operands[side] = self._static(operands[side], how, plan, name)
+            elif plan.weight_side == 1 - side:
+                act_how = how  # the kernel does it
+            else:
+                operands[side] = self.provider._qarray.quantize(operands[side], how)
+        dnums = params["dimension_numbers"]
+        back = None
+        if plan.weight_side == 0:
+            back = _swap_back(dnums, args)
+            operands, dnums = operands[::-1], swapped(dnums)
+        kwargs = {} if act_how is None else {"act_how": act_how}
+        sharding = params.get("out_sharding")
+        out = self.provider._dot_general_fn(
+            *operands,
+            dnums,
+            precision=params["precision"],
+            preferred_element_type=_result_dtype(args, params),
+            out_sharding=sharding if back is None else None,
+            **kwargs,
+        )
+        return out if back is None else out.transpose(back)
+
+    def _static(self, x: jax.Array, how: qarray.HowToQuantize, plan: OpPlan, name: str) -> qarray.QArray:
+        scale, zero_point = self.scales.get(plan.path, name, lambda: calibrated_act(x, how, plan.rule), how)
+        return self.provider._qarray.quantize_with_scale_zero_point(x, how.qtype, scale, zero_point)
+
+
+def _result_dtype(args: Sequence[Any], params: dict[str, Any]) -> Any:
+    preferred = params["preferred_element_type"]
+    return jnp.result_type(*(a.dtype for a in args)) if preferred is None else preferred
+
+
+def _swap_back(dnums: Any, args: Sequence[Any]) -> tuple[int, ...]:
+    """The transpose that puts the free axes of the left operand in front again."""
+    (left, right), (batch, _) = dnums
+    free_left = args[0].ndim - len(left) - len(batch)
+    free_right = args[1].ndim - len(right) - len(batch)
+    start = len(batch)
+    lefts = range(start + free_right, start + free_right + free_left)
+    return (*range(start), *lefts, *range(start, start + free_right))
+
+
+def create_quantized_param(
+    name: str,
+    value: Any,
+    how: qarray.HowToQuantize,
+    *,
+    info: Any = None,
+    lifted: Sequence[int] = (),
+    _qarray_module: Any = qarray,
+) -> WithAux[qarray.QArray]:
+    """A param, quantized.
+
+    Args:
+      name: of the param, for errors.
+      value: a float array, or a box of one (nnx.Param, linen Partitioned).
+      how: in the layout of `value`.
+      info: whose weight it is.
+      lifted: axes along which every index must have scales of its own, even where the method shares them.
+
+    Returns:
+      A WithAux whose QArray's fields are in boxes like that of `value`, with its partition names.
+    """
+    raw = flax_util.unbox(value)
+    try:
+        quantized = _qarray_module.quantize(raw, how)
+    except ValueError as error:
+        raise ValueError(
+            f"The weight {name!r} of shape {tuple(raw.shape)} can't be quantized: {error}"
+        ) from error
+    if lifted:
+        scale_shape = [raw.shape[a] if a in lifted else n for a, n in enumerate(quantized.scale.shape)]
+        quantized = with_scale_shape(quantized, scale_shape)
+    boxed = jax.tree.map(lambda child: flax_util.update_boxed(value, value=child), quantized)
+    return WithAux(boxed, how, info)
+
+
+def quantize_act(
+    array: jax.Array,
+    how: qarray.HowToQuantize,
+    rule: qconfig.QuantizationRule,
+    act_name: str,
+    *,
+    _qarray_module: Any = qarray,
+) -> qarray.QArray:
+    """An activation, quantized with a scale for this very input. `act_name` is for errors.
+
+    Raises:
+      ValueError: the rule wants a static scale, which belongs to a model: it's found by `quantize_model`.
+    """
+    if rule.act_static_scale:
+        raise ValueError(f"{act_name!r} has a static scale, which only a call of a quantized model knows.")
+    return _qarray_module.quantize(materialize(array), how)

@@ -1,0 +1,33 @@
+"""Post-training quantization: weights are quantized once, and ops compute with them."""
+
+from __future__ import annotations
+
+from qwix._src.core import qarray
+from qwix._src.providers.boxed_param import (
+    BoxedParamProvider,
+    WithAux,
+    create_quantized_param,
+    quantize_act,
+)
+from qwix._src.quantize_params import quantize_params
+
+__all__ = [
+    "BoxedParamProvider",
+    "PtqProvider",
+    "WithAux",
+    "create_quantized_param",
+    "qarray",
+    "quantize_act",
+    "quantize_params",
+]
+
+
+class PtqProvider(BoxedParamProvider):
+    """Quantizes a trained model for inference.
+
+    >>> import jax.numpy as jnp, qwix
+    >>> from flax import nnx
+    >>> rules = [qwix.QuantizationRule(module_path=".*", weight_qtype="int8", act_qtype="int8")]
+    >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> quantized = qwix.quantize_model(model, qwix.PtqProvider(rules), jnp.ones((1, 64)))
+    """

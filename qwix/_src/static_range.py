@@ -1,0 +1,99 @@
+"""Static scales of activations: found once, stored beside the weights as `<op id>_lhs_scale` and
+`<op id>_lhs_zero_point`, and used for every input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwix._src import averaging, qconfig
+from qwix._src.core import qarray
+from qwix._src.weight import WeightInfo
+from qwix._src.with_aux import WithAux
+
+Params = tuple[jax.Array, jax.Array | None]  # scale and zero point
+
+
+def calibrated_act(x: jax.Array, how: qarray.HowToQuantize, rule: qconfig.QuantizationRule) -> Params:
+    """Scale and zero point of one input, with the statistics averaged over the rule's batch axes."""
+    calibration = qarray.calibrate(x, static_how(how, rule, x.ndim))
+    return from_calibration(averaged(calibration, rule), how)
+
+
+def static_how(how: qarray.HowToQuantize, rule: qconfig.QuantizationRule, ndim: int) -> qarray.HowToQuantize:
+    """Statistics are taken per index of the batch axes only (and per tile)."""
+    axes = tuple(a for a in rule.act_batch_axes if -ndim <= a < ndim and a % ndim not in how.tiled_axes)
+    return dataclasses.replace(how, channelwise_axes=axes)
+
+
+def averaged(calibration: Mapping[str, jax.Array], rule: qconfig.QuantizationRule) -> dict[str, jax.Array]:
+    """The mean over the batch axes, which become 1."""
+    mean = lambda x: x.mean(
+        axis=tuple({a % x.ndim for a in rule.act_batch_axes if -x.ndim <= a < x.ndim}), keepdims=True
+    )
+    return {key: mean(value) for key, value in calibration.items()}
+
+
+def from_calibration(calibration: Mapping[str, jax.Array], how: qarray.HowToQuantize) -> Params:
+    """The scale and zero point to store."""
+    return qarray.compute_scale_zero_point(dict(calibration), how.qtype)
+
+
+def from_quant_stat(stat: Mapping[str, jax.Array], how: qarray.HowToQuantize, path: str) -> Params:
+    """The scale and zero point that collected statistics give.
+
+    Raises:
+      ValueError: nothing was collected.
+    """
+    count = stat["count"]
+    if not isinstance(count, jax.core.Tracer) and not jnp.all(count > 0):
+        raise ValueError(
+            f"quant_stats is not initialized for {path}: run the calibration on some data first."
+        )
+    return from_calibration(averaging.SimpleMovingAverage().get_calibration(stat), how)
+
+
+class StaticScales:
+    """Where a model keeps its static scales.
+
+    Args:
+      read: (module path, name) -> the stored WithAux or array, or None.
+      write: (module path, name, value) stores one; None where the model's params can't change any more.
+      stats: (module path, name) -> statistics collected in training, or None.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[str, str], Any],
+        write: Callable[[str, str, Any], None] | None,
+        stats: Callable[[str, str], Mapping[str, jax.Array] | None] = lambda path, name: None,
+    ):
+        self.read, self.write, self.stats = read, write, stats
+
+    def get(self, path: str, name: str, make: Callable[[], Params], how: qarray.HowToQuantize) -> Params:
+        """The stored scale and zero point of an activation; made and stored if that's possible."""
+        scale = self.read(path, f"{name}_scale")
+        if scale is not None:
+            zero_point = self.read(path, f"{name}_zero_point")
+            return _array(scale), None if zero_point is None else _array(zero_point)
+        if self.write is None:
+            raise ValueError(
+                f"The model has no {name}_scale in {path!r}. Static scales are found while the model is converted: "
+                "quantize_model with sample inputs (NNX), or init and quantize_params with quant_stats (Linen)."
+            )
+        stat = self.stats(path, name)
+        params = make() if stat is None else from_quant_stat(stat, how, f"{path}/{name}")
+        for suffix, value in zip(("scale", "zero_point"), params, strict=True):
+            if value is not None:
+                info = WeightInfo(tuple(path.split("/")) if path else (), f"{name}_{suffix}")
+                self.write(path, f"{name}_{suffix}", WithAux(value, how, info))
+        return params
+
+
+def _array(stored: Any) -> Any:
+    return stored.unboxed if isinstance(stored, WithAux) else stored

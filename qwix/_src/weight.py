@@ -1,0 +1,164 @@
+"""A weight on its way through a model: a float array to the model's code, a payload and its history to us.
+
+`tag` marks an array as a weight. Under an `OpTrace` the mark becomes a `WeightTracer` at once; inside any other
+JAX transformation (the body of a scan, a jit, a vmap) it's staged as the primitive `tag_p` and becomes one when
+that program is evaluated under an `OpTrace`. Outside of both it's simply the dequantized array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src import core as jcore
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from qwix._src.core import qarray
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightInfo:
+    """Which param a weight is, and the rule for the ops that eat it.
+
+    Paths don't take part in comparisons: otherwise two equal layers would have different tree structures, and
+    neither stacking their params nor sharing a compiled program between them would work.
+    """
+
+    path: tuple[str | int, ...] | None = dataclasses.field(compare=False)  # of the module; None: not known
+    name: str = dataclasses.field(compare=False)
+    rule: Any = None
+
+    @property
+    def module_path(self) -> str | None:
+        return None if self.path is None else "/".join(map(str, self.path))
+
+    @property
+    def full_path(self) -> str:
+        return "/".join(map(str, (*(self.path or ()), self.name)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One move of a weight, from an array of shape `old` to one of shape `new`.
+
+    kind 'transpose' (args: the permutation), 'reshape', 'index' (args: the axis that is gone), or 'slice'
+    (args: the starts).
+    """
+
+    kind: str
+    old: tuple[int, ...]
+    new: tuple[int, ...]
+    args: tuple[int, ...] = ()
+
+
+class WeightTracer(jcore.Tracer):
+    """A weight inside an `OpTrace`. Its payload is a QArray or a float array of the parent trace."""
+
+    __slots__ = ("_value", "info", "payload", "view")
+
+    def __init__(self, trace: Any, aval: Any, payload: Any, info: WeightInfo, view: tuple[Step, ...] = ()):
+        super().__init__(trace, aval)
+        self.payload = payload
+        self.info = info
+        self.view = view  # from the stored param to this
+        self._value: Any = None
+
+    @property
+    def is_quantized(self) -> bool:
+        return isinstance(self.payload, qarray.QArray)
+
+    def value(self) -> jax.Array:
+        """The float array, computed once."""
+        if self._value is None:
+            with jcore.set_current_trace(self._trace.parent):
+                self._value = dense(self.payload, self.aval.dtype)
+        return self._value
+
+    def moved_to(self, trace: Any) -> WeightTracer:
+        return WeightTracer(trace, self.aval, self.payload, self.info, self.view)
+
+    def moved(self, payload: Any, step: Step | None = None, dtype: Any = None) -> WeightTracer:
+        """The weight after a step, or with another dtype."""
+        shape = self.aval.shape if step is None else step.new
+        aval = jcore.ShapedArray(tuple(shape), dtype or self.aval.dtype)
+        return WeightTracer(self._trace, aval, payload, self.info, self.view + ((step,) if step else ()))
+
+    def scanned(self) -> Any:
+        """Ready to be cut along axis 0: itself, or the float array when its scales can't be cut."""
+        leaves = jax.tree.leaves(self.payload)
+        return self if all(leaf.shape[0] == self.aval.shape[0] for leaf in leaves) else self.value()
+
+    def row(self) -> WeightTracer:
+        """What one step of a scan over axis 0 sees; the payload is put in by `with_payload`."""
+        shape = tuple(self.aval.shape)
+        return self.moved(None, Step("index", shape, shape[1:], (0,)))
+
+    def with_payload(self, payload: Any) -> WeightTracer:
+        return WeightTracer(self._trace, self.aval, payload, self.info, self.view)
+
+
+def dense(payload: Any, dtype: Any) -> jax.Array:
+    """The float array that a payload stands for."""
+    value = qarray.dequantize(payload) if isinstance(payload, qarray.QArray) else payload
+    return value if value.dtype == dtype else value.astype(dtype)
+
+
+def materialize(x: Any) -> Any:
+    """The float array of a weight; anything else as it is."""
+    return x.value() if isinstance(x, WeightTracer) else x
+
+
+def tag(payload: Any, info: WeightInfo) -> jax.Array:
+    """Marks a QArray or a float array as the param `info`, and returns what a model's code computes with."""
+    leaves, treedef = jax.tree.flatten(payload)
+    return tag_p.bind(*leaves, treedef=treedef, info=info)
+
+
+tag_p = Primitive("qwix_weight")
+
+
+def _payload(leaves: Sequence[Any], treedef: Any) -> Any:
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def float_type(payload: Any) -> tuple[tuple[int, ...], Any]:
+    """(shape, dtype) of the float array that a payload stands for."""
+    if isinstance(payload, qarray.QArray):
+        return tuple(payload.qvalue.shape), payload.scale.dtype
+    return tuple(payload.shape), payload.dtype
+
+
+def _impl(*leaves: Any, treedef: Any, info: WeightInfo) -> jax.Array:
+    del info
+    payload = _payload(leaves, treedef)
+    return dense(payload, float_type(payload)[1])
+
+
+def _abstract_eval(*avals: Any, treedef: Any, info: WeightInfo) -> jcore.ShapedArray:
+    del info
+    return jcore.ShapedArray(*float_type(_payload(avals, treedef)))
+
+
+def _batch(args: Sequence[Any], dims: Sequence[Any], *, treedef: Any, info: WeightInfo) -> tuple[Any, int]:
+    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not batching.not_mapped)
+    moved = [
+        jnp.broadcast_to(a, (size, *a.shape)) if d is batching.not_mapped else jnp.moveaxis(a, d, 0)
+        for a, d in zip(args, dims, strict=True)
+    ]
+    return tag_p.bind(*moved, treedef=treedef, info=info), 0
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    tangents = [ad.instantiate_zeros(t) for t in tangents]
+    return jax.jvp(lambda *leaves: _impl(*leaves, **params), tuple(primals), tuple(tangents))
+
+
+tag_p.def_impl(_impl)
+tag_p.def_abstract_eval(_abstract_eval)
+batching.primitive_batchers[tag_p] = _batch
+ad.primitive_jvps[tag_p] = _jvp
+mlir.register_lowering(tag_p, mlir.lower_fun(_impl, multiple_results=False))

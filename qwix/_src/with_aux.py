@@ -1,0 +1,106 @@
+"""WithAux: what a converted model holds in the place of a param.
+
+Inside a call of the quantized model it stands for the float weight (as a tracer that the ops of the model know,
+see op_trace); anywhere else a jnp function gets the dequantized array.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+from flax import nnx
+
+from qwix._src import qconfig
+from qwix._src.core import qarray
+from qwix._src.utils import flax_util
+from qwix._src.weight import WeightInfo, tag
+
+_ANONYMOUS = WeightInfo(None, "weight")
+
+
+@flax.struct.dataclass
+class WithAux[T]:
+    """A quantized param (or a static scale), how it was quantized, and whose it is.
+
+    Attributes:
+      array: QArray whose fields carry the param's boxes (nnx.Param, linen Partitioned), or a plain scale.
+      how: how it was quantized, in the param's own layout.
+      info: the param's path and rule; None if made by hand.
+
+    >>> import jax.numpy as jnp, qwix
+    >>> how = qwix.HowToQuantize(qtype="int8", channelwise_axes=(1,))
+    >>> weight = WithAux(qwix.quantize(jnp.eye(2), "int8", channelwise_axes=(1,)), how)
+    >>> jnp.round(jnp.ones((1, 2)) @ weight, 2)
+    Array([[1., 1.]], dtype=float32)
+    """
+
+    array: T
+    how: qarray.HowToQuantize = flax.struct.field(pytree_node=False)
+    info: WeightInfo | None = flax.struct.field(pytree_node=False, default=None)
+
+    @property
+    def unboxed(self) -> Any:
+        """The QArray or array, without boxes."""
+        return flax_util.unbox(self.array)
+
+    @property
+    def value(self) -> Any:
+        """`unboxed`; inside a call of a quantized model, what stands for the float weight."""
+        return self.__jax_array__() if qconfig.current_run() else self.unboxed
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.unboxed.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return self.unboxed.size
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the float weight."""
+        return self.unboxed.dtype
+
+    def __jax_array__(self) -> jax.Array:
+        payload = self.unboxed
+        return tag(payload, self.info or _ANONYMOUS) if isinstance(payload, qarray.QArray) else payload
+
+    def __getitem__(self, index: Any) -> Any:
+        value = self.value
+        return value if index is Ellipsis and isinstance(value, jax.Array) else value[index]
+
+    def get_value(self) -> Any:
+        """As of an nnx.Variable."""
+        return self.value
+
+    def __getattr__(self, name: str) -> Any:
+        # `T`, `reshape`, `sum` and the like: those of an array.
+        if name.startswith("_") or not hasattr(jax.Array, name):
+            raise AttributeError(f"'WithAux' object has no attribute {name!r}")
+        return getattr(self.__jax_array__(), name)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+def _binary(op: Callable[[Any, Any], Any], reflected: bool) -> Callable[[WithAux, Any], Any]:
+    if reflected:
+        return lambda self, other: op(other, self.__jax_array__())
+    return lambda self, other: op(self.__jax_array__(), other)
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
+    setattr(WithAux, f"__{_name}__", _binary(getattr(operator, _name), reflected=False))
+    setattr(WithAux, f"__r{_name}__", _binary(getattr(operator, _name), reflected=True))
+WithAux.__neg__ = lambda self: -self.__jax_array__()
+WithAux.__abs__ = lambda self: abs(self.__jax_array__())
+
+nnx.register_data_type(WithAux)
