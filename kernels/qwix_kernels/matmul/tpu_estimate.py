@@ -1,8 +1,226 @@
+"""What the TPU kernel takes, what it costs, and the blocks that cost least: analytic, from static facts.
+
+The cost of a step is that of its busiest unit, as the compiler overlaps them: the matrix unit at its peak, or the
+vector unit at four operations on 1024 float32 lanes per cycle. Vector operations are counted per 1024 elements; the
+constants below were read from the compiler's final bundles (`python -m bench.price` prints those of any plan).
+"""
+
 from __future__ import annotations
-from qwix_kernels.matmul.tpu_plan import *
+
+import functools
+import math
+from collections.abc import Iterator
+
+from qwix_kernels.chips import Chip
 from qwix_kernels.dispatch import Estimate
-def check(problem, chip): pass
-def estimate(problem, chip, config): return Estimate(1,1,1,1)
-def heuristic_config(problem, chip):
-    p=problem; t=[x for x in (k_tile(p.lhs,p.k),k_tile(p.rhs,p.k),p.quantize_lhs.tile_k%p.k if p.quantize_lhs else 0) if x]
-    return Config(min(1024,pl_cdiv(p.m,8)*8 if p.m<=32 else pl_cdiv(p.m,32)*32), min(256,p.n) , p.k, ("after" if min(t)>=128 and p.m<=64 else "before") if t else "once")
+from qwix_kernels.matmul import cost
+from qwix_kernels.matmul.tpu_plan import LANES, Config, Plan, is_fp8, k_tile, pl_cdiv, resolve, stored
+from qwix_kernels.problem import MatmulProblem, dtype_bits
+
+MIN_TILE = 32
+_LHS = ("bfloat16", "float32", "int8", "uint8", "int4", "uint4", "float8_e4m3fn", "float8_e5m2")
+_OUT = ("bfloat16", "float32", "int32")
+_SCALES = ("bfloat16", "float32")
+_QUANTIZED_TO = ("int8", "int4", "float8_e4m3fn", "float8_e5m2")
+# Vector operations per 1024 elements.
+_WIDEN = {"int8": 1.5, "int4": 1.6, "uint8": 2.5, "uint4": 2.6, "nf4": 22.0, "float8": 5.0, "wide": 0.5}
+_MIXED = {"int8": 0.5, "int4": 0.6, "float8": 1.0}  # widened by the compiler, on the way into the matrix unit
+_NO_BF16_UNIT = 3.5  # v5: the vector unit has no bfloat16, so that widening takes the longer way
+_SCALE_WEIGHT = 2.0  # multiply, and half a pack to bfloat16
+_SCALE_PARTIAL = 2.2  # multiply and add
+_QUANTIZE_ROW = {"int": 9.0, "float8": 22.0}
+_STEP_CYCLES = 100  # of a grid step, whatever its blocks
+_VALU = 4 * 1024
+
+
+def check(problem: MatmulProblem, chip: Chip) -> None:
+    """Raises NotImplementedError, naming the constraint and the shapes, for what the kernel does not run."""
+    p = problem
+    shapes = f"lhs [{p.lhs.batch}, {p.m}, {p.k}] {p.lhs.dtype}, rhs [{p.rhs.batch}, {p.k}, {p.n}] {p.rhs.dtype}"
+
+    def refuse(reason: str) -> None:
+        raise NotImplementedError(f"the TPU kernel {reason}; got {shapes} on {chip.name}")
+
+    if chip.platform != "tpu":
+        refuse("runs on TPUs")
+    if 0 in (p.m, p.n, p.k, p.batch):
+        refuse("has no empty operands")
+    for name, x in (("lhs", p.lhs), ("rhs", p.rhs)):
+        if x.dtype not in _LHS:
+            refuse(f"takes {', '.join(_LHS)} as {name}")
+        if x.codebook not in (None, "nf4"):
+            refuse(f"knows the codebook nf4, not {x.codebook!r}")
+        if x.scale_dtype not in (None, *_SCALES):
+            refuse(f"takes scales in {' or '.join(_SCALES)}, not {x.scale_dtype}")
+        if x.zero_point and x.codebook:
+            refuse("has no zero points with a codebook")
+        if tile := k_tile(x, p.k):
+            if tile < MIN_TILE or tile % MIN_TILE:
+                refuse(f"takes K tiles of multiples of {MIN_TILE}, not {tile} ({name})")
+    if p.out_dtype not in _OUT:
+        refuse(f"gives {', '.join(_OUT)}, not {p.out_dtype}")
+    if p.precision not in (None, "default") and any(d in ("float32", "bfloat16") for d in stored(p)):
+        refuse(f"multiplies floats in bfloat16, not with precision {p.precision!r}")
+    if q := p.quantize_lhs:
+        tile = q.tile_k % p.k
+        if q.dtype not in _QUANTIZED_TO:
+            refuse(f"quantizes rows to {', '.join(_QUANTIZED_TO)}, not {q.dtype}")
+        if tile and tile % LANES and LANES % tile or tile and tile < MIN_TILE:
+            refuse(f"quantizes rows by K tiles of 32, 64 or multiples of {LANES}, not {tile}")
+    if all(x.dtype in ("bfloat16", "float32") and not x.is_quantized for x in (p.lhs, p.rhs)) and not q:
+        refuse("needs a quantized operand")
+    if not any(True for _ in _fitting(p, chip)):
+        refuse("finds no blocks that fit its VMEM")
+
+
+def heuristic_config(problem: MatmulProblem, chip: Chip) -> Config:
+    """The blocks and the strategy with the least static time. Raises NotImplementedError as `check` does."""
+    return _best(problem, chip)
+
+
+@functools.lru_cache(maxsize=4096)
+def _best(problem: MatmulProblem, chip: Chip) -> Config:
+    priced = [(_ramped(plan, chip), config) for config, plan in _fitting(problem, chip)]
+    if not priced:
+        check(problem, chip)
+    return min(priced, key=lambda x: x[0])[1]
+
+
+def _ramped(plan: Plan, chip: Chip) -> float:
+    """Static microseconds, with the first blocks' fetch and the last one's store, which nothing overlaps."""
+    compute, memory = _compute_us(plan, chip), _memory_us(plan, chip)
+    p = plan.problem
+    first = plan.block_m * plan.block_k * dtype_bits(p.lhs.dtype)
+    first += plan.block_n * plan.block_k * dtype_bits(p.rhs.dtype)
+    first += plan.block_m * plan.block_n * dtype_bits(p.out_dtype)
+    return max(compute, memory) + first / 8 / (chip.hbm_gbps * 1e3)
+
+
+def _fitting(p: MatmulProblem, chip: Chip) -> Iterator[tuple[Config, Plan]]:
+    found = False
+    for whole_k in (True, False):
+        for config in _candidates(p, whole_k):
+            try:
+                plan = resolve(p, chip, config)
+            except NotImplementedError:
+                continue
+            found = True
+            yield config, plan
+        if found:  # the whole K in one block wins wherever it fits: the sum never leaves the matrix unit's reach
+            return
+
+
+def _candidates(p: MatmulProblem, whole_k: bool) -> Iterator[Config]:
+    tiles = [t for t in (k_tile(p.lhs, p.k), k_tile(p.rhs, p.k)) if t]
+    if p.quantize_lhs and p.quantize_lhs.tile_k % p.k:
+        tiles.append(p.quantize_lhs.tile_k)
+    for strategy in ("after", "before") if tiles else ("once",):
+        for bm in _row_blocks(p.m):
+            if strategy == "after" and bm > 128:
+                continue  # the running sum would leave the registers
+            for bn in _sizes(p.n, (1024, 512, 256, 128)):
+                if strategy == "after" and bm > 64 and bn > 256 and p.n > 256:
+                    continue
+                for bk in (p.k,) if whole_k else _k_parts(p.k, math.lcm(LANES, *tiles)):
+                    yield Config(bm, bn, bk, strategy)
+
+
+def _row_blocks(m: int) -> list[int]:
+    unit = 8 if m <= 32 else 32
+    return sorted({min(size, pl_cdiv(m, unit) * unit) for size in (1024, 512, 256, 128, 64, 32, 8)})
+
+
+def _sizes(n: int, sizes: tuple[int, ...]) -> list[int]:
+    return sorted({size if size < n else n for size in sizes})
+
+
+def _k_parts(k: int, unit: int) -> list[int]:
+    """Parts of a K that is too long for VMEM; those that leave no tail, where there are any."""
+    parts = [b for b in (unit * i for i in (1, 2, 4, 8, 16, 32, 64)) if 512 <= b < k]
+    return [b for b in parts if k % b == 0] or parts
+
+
+def estimate(problem: MatmulProblem, chip: Chip, config: Config) -> Estimate:
+    """Static cost on one core. Raises NotImplementedError where `config` does not fit."""
+    plan = resolve(problem, chip, config)
+    compute, memory = _compute_us(plan, chip), _memory_us(plan, chip)
+    note = f"{config.strategy}, {plan.lhs_dot} x {plan.rhs_dot}"
+    return Estimate(compute, memory, max(compute, memory), max(cost.floor(problem, chip)), note)
+
+
+def _compute_us(plan: Plan, chip: Chip) -> float:
+    p = plan.problem
+    b, rows, columns, steps = plan.grid
+    macs = plan.block_m * _lanes(plan.block_n) * plan.block_k
+    rate = {"int8": chip.int8, "int4": chip.int4}.get(plan.lhs_dot, chip.bf16)
+    if is_fp8(plan.lhs_dot) and is_fp8(plan.rhs_dot):
+        rate = max(chip.fp8, chip.bf16)
+    matrix = 2 * macs / (rate * 1e12) * chip.ghz * 1e9
+    vector = _weight_ops(plan, chip) + _partial_ops(plan)
+    # A running sum in VMEM is stored at one register per cycle.
+    stores = plan.block_m * _lanes(plan.block_n) / 1024 if steps > 1 else 0
+    step = max(matrix, vector / 4, stores) + _STEP_CYCLES
+    cycles = b * rows * columns * steps * step
+    if plan.prepare_lhs:
+        again = columns if plan.megacore_rows else 1
+        cycles += b * rows * again * steps * _row_ops(plan) / 4
+    cores = chip.cores if chip.name == "v5p" and b * rows * columns > 1 else 1
+    return cycles / (chip.ghz * 1e3) / min(1, cores)
+
+
+def _weight_ops(plan: Plan, chip: Chip) -> float:
+    """Vector operations on the weights of one step."""
+    p = plan.problem
+    kind = p.rhs.codebook or p.rhs.dtype
+    each = 0.0
+    if plan.prepare_rhs or kind != plan.rhs_dot:
+        each = _widen(kind) + 0.5
+    elif not chip.is_native(plan.lhs_dot, plan.rhs_dot):
+        each = _MIXED["float8" if is_fp8(kind) else kind] * (_NO_BF16_UNIT if chip.name in ("v5e", "v5p") else 1)
+    if plan.folds_rhs:
+        each += _SCALE_WEIGHT + p.rhs.zero_point
+    return each * _lanes(plan.block_n) * plan.block_k / 1024
+
+
+def _partial_ops(plan: Plan) -> float:
+    """Vector operations on the partial results of one step."""
+    runs = pl_cdiv(plan.block_k, plan.chunk)
+    each = 1.0 * (plan.partial == "int32" or plan.integer)
+    if plan.strategy == "after":
+        each += _SCALE_PARTIAL + (plan.lhs_tile > 0)
+    elif runs > 1:
+        each += 1
+    return each * runs * plan.block_m * _lanes(plan.block_n) / 1024
+
+
+def _row_ops(plan: Plan) -> float:
+    p = plan.problem
+    if p.quantize_lhs:
+        each = _QUANTIZE_ROW["float8" if is_fp8(p.quantize_lhs.dtype) else "int"] + 6 * (plan.lhs_tile > 0)
+    else:
+        each = _widen(p.lhs.codebook or p.lhs.dtype) + 1 + plan.folds_lhs
+    return each * plan.block_m * plan.block_k / 1024
+
+
+def _widen(dtype: str) -> float:
+    return _WIDEN.get(dtype) or _WIDEN["float8" if is_fp8(dtype) else "wide"]
+
+
+def _lanes(n: int) -> int:
+    return pl_cdiv(n, LANES) * LANES
+
+
+def _memory_us(plan: Plan, chip: Chip) -> float:
+    """Bytes that the blocks move, fetched again wherever the block index changes, over the bandwidth."""
+    p = plan.problem
+    _, rows, columns, steps = plan.grid
+    lhs = cost.operand_bytes(p.lhs, p.k) * (p.batch // p.lhs.batch if rows > 1 or steps > 1 else 1)
+    if steps > 1 and (not plan.prepare_lhs or plan.megacore_rows):
+        lhs *= columns
+    if plan.rows_given:
+        lhs += cost.operand_bytes(p.lhs, p.k)
+    again = rows if columns > 1 or steps > 1 else 1
+    rhs = cost.operand_bytes(p.rhs, p.k) * again * (p.batch // p.rhs.batch)
+    out = p.batch * p.m * p.n * dtype_bits(p.out_dtype) / 8
+    return (lhs + rhs + out) / (chip.hbm_gbps * 1e3)
+

@@ -114,8 +114,10 @@ def _quantize_rows(plan: Plan, r: dict[str, Any], step: jax.Array, at: Any) -> N
         else:
             scale = whole
         stored = values.quantize(x * (1.0 / scale), q)
+        if plan.lhs_dot != q.dtype and not jnp.issubdtype(q.dtype, jnp.integer):
+            stored = stored.astype(q.dtype).astype(jnp.float32)  # on the grid of the narrow float
         if plan.folds_lhs:
-            stored = stored.astype(jnp.float32) * scale
+            stored = stored * scale
         r["lhs_ready"][step, at, lanes] = values.narrow(stored, plan.lhs_dot)
 
 

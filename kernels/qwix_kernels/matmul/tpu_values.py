@@ -126,15 +126,14 @@ def tile_scales(x: jax.Array, tiles: list[tuple[int, int, int]], lanes: slice, h
 
 
 def row_scale(absmax: jax.Array, how: RowQuantize) -> jax.Array:
-    """absmax / bound, and 1 where that is too small to divide by."""
-    scale = absmax / jnp.float32(how.bound)
+    """absmax / bound, by the reciprocal that every implementation uses, and 1 where that is too small to divide by."""
+    scale = absmax * jnp.float32(how.reciprocal)
     return jnp.where(scale < jnp.float32(math.sqrt(jnp.finfo(jnp.float32).tiny)), 1.0, scale)
 
 
 def quantize(x: jax.Array, how: RowQuantize) -> jax.Array:
-    """Scaled float32 values rounded to `how.dtype`'s grid; integers as float32, floats in their dtype."""
+    """Scaled float32 values on `how.dtype`'s grid, where that is of integers; clipped to its range in any case."""
     if jnp.issubdtype(how.dtype, jnp.integer):
-        info = jnp.iinfo(how.dtype)
-        return jnp.clip(jnp.round(x), max(info.min, -math.floor(how.bound) - 1), min(info.max, math.floor(how.bound)))
-    top = float(jnp.finfo(how.dtype).max)
-    return jnp.clip(x, -top, top).astype(how.dtype)
+        x = jnp.round(x)
+    low, high = how.limits
+    return jnp.clip(x, jnp.float32(low), jnp.float32(high))
