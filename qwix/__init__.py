@@ -4,6 +4,7 @@
 """
 
 from qwix import ops
+from qwix._src.averaging import SimpleMovingAverage
 from qwix._src.core.calibration import HowToQuantize
 from qwix._src.core.conv_general import conv_general_dilated
 from qwix._src.core.dot_general import dot, dot_general
@@ -12,21 +13,38 @@ from qwix._src.core.qarray import QArray, dequantize, is_quantized
 from qwix._src.core.qarray import quantize_api as quantize
 from qwix._src.core.sparsity import SparsityRule
 from qwix._src.core.transposed_qarray import TransposedQArray, transpose_qarray
+from qwix._src.model import quantize_model
+from qwix._src.providers.boxed_param import BoxedParamProvider
+from qwix._src.providers.ptq import PtqProvider
+from qwix._src.qconfig import QuantizationProvider, QuantizationRule, get_current_rule
+from qwix._src.quantize_params import quantize_params
+from qwix._src.utils.flax_util import QuantStat
+from qwix._src.with_aux import WithAux
 from qwix.version import __version__
 
 __all__ = [
+    "BoxedParamProvider",
     "HowToQuantize",
+    "PtqProvider",
     "QArray",
+    "QuantStat",
+    "QuantizationProvider",
+    "QuantizationRule",
+    "SimpleMovingAverage",
     "SparsityRule",
     "TransposedQArray",
+    "WithAux",
     "__version__",
     "conv_general_dilated",
     "dequantize",
     "dot",
     "dot_general",
     "einsum",
+    "get_current_rule",
     "is_quantized",
     "ops",
     "quantize",
+    "quantize_model",
+    "quantize_params",
     "transpose_qarray",
 ]
