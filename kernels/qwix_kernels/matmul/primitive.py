@@ -26,7 +26,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from qwix_kernels import chips, dispatch, tuning
 from qwix_kernels.chips import Chip
 from qwix_kernels.matmul import cost, xla
-from qwix_kernels.problem import MatmulProblem, Tensor
+from qwix_kernels.problem import MatmulProblem, Operand, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,12 @@ def _tpu(name: str):
     return call
 
 
+def _run_xla(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, *, config: Any, chip: Chip) -> jax.Array:
+    quantized = problem.quantize_lhs and jnp.issubdtype(problem.quantize_lhs.dtype, jnp.integer)
+    integers = problem.rhs.is_integer and (problem.lhs.is_integer or bool(quantized))
+    return xla.run(problem, lhs, rhs, one_by_one=chip.platform == "cpu" and integers)
+
+
 dispatch.register(
     MatmulProblem,
     (
@@ -64,7 +70,7 @@ dispatch.register(
             platforms=(),
             check=lambda problem, chip: None,
             estimate=lambda problem, chip, config: cost.xla_estimate(problem, chip),
-            run=lambda problem, lhs, rhs, *, config, chip: xla.run(problem, lhs, rhs),
+            run=_run_xla,
         ),
     ),
 )
@@ -233,6 +239,10 @@ def _decide(problem: MatmulProblem, how: How, chip: Chip, devices: int):
         refusal = (
             f"the compiler cannot partition a kernel over {devices} devices; call matmul inside jax.shard_map"
         )
+    sizes = (problem.m, problem.lhs.batch, problem.rhs.batch)
+    if not all(isinstance(s, int) for s in sizes):
+        refusal = "a kernel needs sizes that are known when it is compiled, not symbolic ones"
+        problem = dataclasses.replace(problem, m=_NOMINAL, lhs=_sized(problem.lhs), rhs=_sized(problem.rhs))
     with tuning.use(how.ambient_config):
         impl, explanation = dispatch.choose(problem, chip, how.implementation, how.config, refusal)
     quantized = problem.lhs.is_quantized or problem.rhs.is_quantized or problem.quantize_lhs
@@ -240,6 +250,16 @@ def _decide(problem: MatmulProblem, how: How, chip: Chip, devices: int):
         dispatch.warn_of_fallback(explanation, chip)
     return impl, explanation.config
 
+
+def _sized(x: Operand) -> Operand:
+    """With stand-ins for symbolic sizes, so that it can be priced."""
+    fixed = {
+        f: v if isinstance(v := getattr(x, f), int) else _NOMINAL for f in ("batch", "free", "tile_free")
+    }
+    return dataclasses.replace(x, **fixed)
+
+
+_NOMINAL = 256
 
 matmul_p = Primitive("qwix_matmul")
 matmul_p.def_abstract_eval(_abstract)
