@@ -80,8 +80,9 @@ def quantize_rows(x: np.ndarray, how: RowQuantize) -> Tensor:
     return Tensor(values.reshape(x.shape), scale[..., 0])
 
 
-def error_bound(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, *, multiplied: str | None = None) ->
-np.ndarray:
+def error_bound(
+    problem: MatmulProblem, lhs: Tensor, rhs: Tensor, *, multiplied: str | None = None
+) -> np.ndarray:
     """How far each element of a result in `problem.out_dtype` may be from `run`'s, [batch, M, N] in float64.
 
     `multiplied` is the dtype to which an implementation may round dequantized values before it multiplies
