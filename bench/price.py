@@ -175,9 +175,10 @@ def _cells() -> list[Cell]:
         "config": _CONFIG.value,
         "baselines": _BASELINES.value,
     }
-    chips = _CHIP.value or (list(tpu_compile.TOPOLOGY) if _SUITE.value else None)
-    schemes = _SCHEME.value or (shapes.CANONICAL_SCHEMES if _SUITE.value else None)
-    ms = _numbers("m", _M.value) or (shapes.CANONICAL_M if _SUITE.value else None)
+    suite = _SUITE.value is not None
+    chips: Sequence[str] = _CHIP.value or (tuple(tpu_compile.TOPOLOGY) if suite else ())
+    schemes: Sequence[str] = _SCHEME.value or (shapes.CANONICAL_SCHEMES if suite else ())
+    ms: Sequence[int] = _numbers("m", _M.value) or (shapes.CANONICAL_M if suite else ())
     for flag, given in (("chip", chips), ("scheme", schemes), ("m", ms)):
         if not given:
             raise app.UsageError(f"--{flag} is missing; or give --suite canonical.")

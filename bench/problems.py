@@ -19,23 +19,27 @@ from bench.tpu_compile import device_bandwidth, device_rate
 _BOUND = {"int4": 7.5, "int8": 127.5, "float8_e4m3fn": 448.0}
 
 
-def operands(scheme: Scheme, m: int, k: int, n: int) -> tuple[jax.ShapeDtypeStruct, Tensor]:
-    """Activations [1, M, K] and the quantized weight [1, K, N], without data.
+def shapes_of(scheme: Scheme, m: int, k: int, n: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Activations [M, K], the weight's values [K, N] and its scales [tiles, N], without data.
 
     Raises ValueError for a tile that does not divide K.
     """
     tile = scheme.tile or k
     if k % tile:
         raise ValueError(f"{scheme.name}: the tile {tile} does not divide K={k}.")
+    stored = jnp.dtype("uint4" if scheme.weight in CODEBOOKS else scheme.weight)
+    return (
+        jax.ShapeDtypeStruct((m, k), jnp.bfloat16),
+        jax.ShapeDtypeStruct((k, n), stored),
+        jax.ShapeDtypeStruct((k // tile, n), jnp.bfloat16),
+    )
+
+
+def operands(scheme: Scheme, m: int, k: int, n: int) -> tuple[jax.ShapeDtypeStruct, Tensor]:
+    """Activations [1, M, K] and the quantized weight [1, K, N], as the kernels take them, without data."""
+    lhs, values, scale = (jax.ShapeDtypeStruct((1, *s.shape), s.dtype) for s in shapes_of(scheme, m, k, n))
     codebook = scheme.weight if scheme.weight in CODEBOOKS else None
-    values = jax.ShapeDtypeStruct((1, k, n), jnp.dtype("uint4" if codebook else scheme.weight))
-    scale = jax.ShapeDtypeStruct((1, k // tile, n), jnp.bfloat16)
-    return jax.ShapeDtypeStruct((1, m, k), jnp.bfloat16), Tensor(values, scale, codebook=codebook)
-
-
-def flat(x):
-    """`operands` without the batch of 1, as XLA gets them: a reshape of 4-bit values is not free there."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), x)
+    return lhs, jax.eval_shape(lambda v, s: Tensor(v, s, codebook=codebook), values, scale)
 
 
 def row_quantize(scheme: Scheme) -> RowQuantize | None:
@@ -71,8 +75,7 @@ def floor_us(chip: Chip, scheme: Scheme, m: int, k: int, n: int) -> float:
     """What nothing can beat on one jax device: the best exact unit at its peak, each operand moved once."""
     weight = "bfloat16" if scheme.weight in CODEBOOKS else scheme.weight
     rate = device_rate(chip, chip.unit(scheme.activation, weight)[1])
-    lhs, rhs = operands(scheme, m, k, n)
-    moved = sum(x.size * dtype_bits(x.dtype.name) / 8 for x in (lhs, rhs.values, rhs.scale)) + 2 * m * n
+    moved = sum(x.size * dtype_bits(x.dtype.name) / 8 for x in shapes_of(scheme, m, k, n)) + 2 * m * n
     return 1e6 * max(2 * m * k * n / rate, moved / device_bandwidth(chip))
 
 
@@ -82,19 +85,21 @@ def xla_bf16(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
 
 
 def xla_same_op(scheme: Scheme):
-    """The straightforward chain of XLA ops for the same scheme, as a function of `flat(operands)`.
+    """The straightforward chain of XLA ops for the same scheme, as a function of `shapes_of`.
 
     Weight-only: dequantize, then multiply. Otherwise: quantize the rows, multiply tile by tile, scale the
     partial results, add them up.
     """
 
-    def weight_only(lhs, rhs):
-        return jnp.dot(lhs, _dequantize(rhs))
+    def weight_only(lhs, values, scale):
+        tiles, n = scale.shape
+        tiled = _stored(scheme, values).astype(scale.dtype).reshape(tiles, -1, n)
+        return jnp.dot(lhs, (tiled * scale[:, None, :]).reshape(-1, n))
 
-    def both(lhs, rhs):
-        tiles, n = rhs.scale.shape
+    def both(lhs, values, scale):
+        tiles, n = scale.shape
         q, lhs_scale = _quantize_rows(lhs, scheme, tiles)
-        w = rhs.values if rhs.codebook is None else _decode(rhs)
+        w = _stored(scheme, values)
         integer = jnp.issubdtype(w.dtype, jnp.integer) and jnp.issubdtype(q.dtype, jnp.integer)
         if q.dtype != w.dtype:
             q, w = (x.astype(jnp.int8 if integer else jnp.bfloat16) for x in (q, w))
@@ -102,23 +107,18 @@ def xla_same_op(scheme: Scheme):
         if tiles == 1:
             partial = jnp.dot(q[:, 0], w, preferred_element_type=accumulator)[None]
         else:
-            partial = jnp.einsum(
-                "mtk,tkn->tmn", q, w.reshape(tiles, -1, n), preferred_element_type=accumulator
-            )
-        scaled = partial * lhs_scale.T[:, :, None] * rhs.scale[:, None, :].astype(jnp.float32)
+            w = w.reshape(tiles, -1, n)
+            partial = jnp.einsum("mtk,tkn->tmn", q, w, preferred_element_type=accumulator)
+        scaled = partial * lhs_scale.T[:, :, None] * scale[:, None, :].astype(jnp.float32)
         return scaled.sum(0).astype(jnp.bfloat16)
 
     return weight_only if scheme.is_weight_only else both
 
 
-def _decode(rhs: Tensor) -> jax.Array:
-    return jnp.asarray(CODEBOOKS[rhs.codebook], jnp.bfloat16)[rhs.values]
-
-
-def _dequantize(rhs: Tensor) -> jax.Array:
-    tiles, n = rhs.scale.shape
-    values = _decode(rhs) if rhs.codebook else rhs.values.astype(rhs.scale.dtype)
-    return (values.reshape(tiles, -1, n) * rhs.scale[:, None, :]).reshape(-1, n)
+def _stored(scheme: Scheme, values: jax.Array) -> jax.Array:
+    """The values that a weight's codes stand for, before they are scaled."""
+    book = CODEBOOKS.get(scheme.weight)
+    return values if book is None else jnp.asarray(book, jnp.bfloat16)[values]
 
 
 def _quantize_rows(x: jax.Array, scheme: Scheme, tiles: int) -> tuple[jax.Array, jax.Array]:

@@ -20,6 +20,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -96,21 +97,16 @@ class ProgramCost:
         return tuple(op for op in self.ops if op.is_kernel)
 
 
-def prepare(dump: str, environ: dict[str, str] | None = None) -> dict[str, str]:
-    """Sets what libtpu reads when it loads, in `environ` (by default this process's), and returns it.
+def prepare(dump: str) -> None:
+    """Sets what libtpu reads when it loads: to dump final bundles to the folder `dump`, and to ask nobody.
 
     Raises RuntimeError in a process that has imported jax: it is too late then.
     """
-    import sys
-
-    if environ is None:
-        if "jax" in sys.modules:
-            raise RuntimeError("jax is imported already; libtpu reads LIBTPU_INIT_ARGS when it loads.")
-        environ = os.environ  # type: ignore[assignment]
+    if "jax" in sys.modules:
+        raise RuntimeError("jax is imported already; libtpu reads LIBTPU_INIT_ARGS when it loads.")
     flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
-    environ["LIBTPU_INIT_ARGS"] = f"{environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
-    environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    return environ
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 
 def device_rate(chip: Chip, unit_tflops: float) -> float:

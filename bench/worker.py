@@ -37,8 +37,7 @@ def _bf16(chip: str, m: int, k: int, n: int, dump: str) -> tpu_compile.ProgramCo
 def _same_op(chip: str, wanted: Scheme, m: int, k: int, n: int, dump: str) -> tpu_compile.ProgramCost:
     from bench import problems
 
-    operands = problems.flat(problems.operands(wanted, m, k, n))
-    return tpu_compile.price(chip, dump, problems.xla_same_op(wanted), *operands)
+    return tpu_compile.price(chip, dump, problems.xla_same_op(wanted), *problems.shapes_of(wanted, m, k, n))
 
 
 def price_cell(cell: Cell, dump: str) -> dict[str, Any]:

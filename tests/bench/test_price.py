@@ -8,7 +8,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -122,17 +121,17 @@ def test_the_chain_of_xla_ops_is_the_same_op(name):
     """What the kernel's price is compared with computes the same thing."""
     scheme, rng = shapes.scheme(name), np.random.default_rng(0)
     m, k, n = 8, 128, 16
-    lhs_shape, rhs_shape = problems.operands(scheme, m, k, n)
+    lhs_shape, values_shape, scale_shape = problems.shapes_of(scheme, m, k, n)
     lhs = jnp.asarray(rng.normal(size=lhs_shape.shape), jnp.bfloat16)
-    values = (
-        rng.integers(0, 16, rhs_shape.shape) if rhs_shape.codebook else rng.integers(-8, 8, rhs_shape.shape)
-    )
-    scale = jnp.asarray(rng.uniform(0.5, 2, rhs_shape.scale.shape), jnp.bfloat16)
-    rhs = Tensor(jnp.asarray(values, rhs_shape.values.dtype), scale, codebook=rhs_shape.codebook)
-    result = problems.xla_same_op(scheme)(*jax.tree.map(lambda x: x[0], (lhs, rhs)))
+    low, high = (0, 16) if scheme.weight == "nf4" else (-8, 8)
+    values = jnp.asarray(rng.integers(low, high, values_shape.shape), values_shape.dtype)
+    scale = jnp.asarray(rng.uniform(0.5, 2, scale_shape.shape), scale_shape.dtype)
+    result = problems.xla_same_op(scheme)(lhs, values, scale)
+    codebook = "nf4" if scheme.weight == "nf4" else None
+    kernel_operands = Tensor(lhs[None]), Tensor(values[None], scale[None], codebook=codebook)
     problem = problems.problem(scheme, m, k, n)
-    exact = reference.run(problem, Tensor(lhs), rhs)[0]
-    a, b = (np.abs(x[0]) for x in reference.operands(problem, Tensor(lhs), rhs))
+    exact = reference.run(problem, *kernel_operands)[0]
+    a, b = (np.abs(x[0]) for x in reference.operands(problem, *kernel_operands))
     # Both factors and the result are rounded to bfloat16 once at the most; everything else is float32.
     bound = 3.1 * 2.0**-8 / 2 * (a @ b) + 2.0**-8 / 2 * np.abs(exact)
     np.testing.assert_array_less(np.abs(np.asarray(result, np.float64) - exact), bound)

@@ -187,5 +187,3 @@ def test_a_chip_that_is_no_tpu_we_know():
 def test_settings_come_before_jax(tmp_path):
     with pytest.raises(RuntimeError, match="imported already"):
         tpu_compile.prepare(str(tmp_path))
-    environ = tpu_compile.prepare(str(tmp_path), {"LIBTPU_INIT_ARGS": "--a=1"})
-    assert environ["LIBTPU_INIT_ARGS"].startswith("--a=1 --xla_jf_dump_to=")
