@@ -7,6 +7,7 @@ points, which are small, are laid out anew outside.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,9 +19,9 @@ from jax.experimental.pallas import tpu as pltpu
 from qwix_kernels.chips import Chip
 from qwix_kernels.matmul import tpu_kernel
 from qwix_kernels.matmul.tpu_estimate import check, estimate, heuristic_config
-from qwix_kernels.matmul.tpu_plan import Config, Plan, pl_cdiv, resolve
+from qwix_kernels.matmul.tpu_plan import LANES, Config, Plan, resolve
 from qwix_kernels.matmul.tpu_values import row_scale
-from qwix_kernels.problem import MatmulProblem, Tensor
+from qwix_kernels.problem import MatmulProblem, Tensor, dtype_bits
 
 __all__ = ["Config", "check", "estimate", "heuristic_config", "run"]
 
@@ -73,8 +74,6 @@ def run(
 
 
 def _replace(problem: MatmulProblem, **changes: Any) -> MatmulProblem:
-    import dataclasses
-
     return dataclasses.replace(problem, **changes)
 
 
@@ -179,7 +178,9 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         out["acc"] = pltpu.VMEM((bm, bn), jnp.dtype(plan.acc))
     if plan.prepare_lhs:
         out["lhs_ready"] = pltpu.VMEM((plan.steps_k, bm, bk), jnp.dtype(plan.lhs_dot))
-    if plan.problem.quantize_lhs is not None and not plan.rows_given:
+    if plan.spreads_row_scale:
+        out["row_scale"] = pltpu.VMEM((plan.steps_k, plan.lhs_tiles(), bm, LANES), jnp.float32)
+    elif plan.problem.quantize_lhs is not None and not plan.rows_given and not plan.folds_lhs:
         out["row_scale"] = pltpu.VMEM((plan.steps_k, bm, plan.lhs_tiles()), jnp.float32)
     if plan.prepare_rhs:
         shape = (bn, bk) if plan.problem.rhs_transposed else (bk, bn)
@@ -189,11 +190,7 @@ def _scratch(plan: Plan) -> dict[str, Any]:
 
 def _cost(plan: Plan, arrays: tuple[jax.Array, ...]) -> pl.CostEstimate:
     p = plan.problem
-    from qwix_kernels.problem import dtype_bits
-
     moved = sum(a.size * dtype_bits(a.dtype.name) // 8 for a in arrays)
     moved += p.batch * p.m * p.n * dtype_bits(p.out_dtype) // 8
     return pl.CostEstimate(flops=2 * p.batch * p.m * p.n * p.k, bytes_accessed=moved, transcendentals=0)
 
-
-_ = pl_cdiv

@@ -116,8 +116,6 @@ def _candidates(p: MatmulProblem, whole_k: bool) -> Iterator[Config]:
         tiles.append(p.quantize_lhs.tile_k)
     for strategy in ("after", "before") if tiles else ("once",):
         for bm in _row_blocks(p.m):
-            if strategy == "after" and bm > 128:
-                continue  # the running sum would leave the registers
             for bn in _sizes(p.n, (1024, 512, 256, 128)):
                 if strategy == "after" and bm > 64 and bn > 256 and p.n > 256:
                     continue

@@ -46,22 +46,33 @@ def kernel(plan: Plan, emulate: bool, names: tuple[str, ...], *refs: Any) -> Non
 
     if plan.prepare_rhs:
         _prepare_rhs(plan, r, step)
-    total = _dot_block(plan, emulate, r, step)
+    if plan.block_m == plan.sub_m:
+        _rows_step(plan, emulate, r, step, slice(0, plan.block_m))
+        return
+
+    @pl.loop(0, plan.block_m // plan.sub_m)
+    def _(i):
+        _rows_step(plan, emulate, r, step, pl.ds(pl.multiple_of(i * plan.sub_m, plan.sub_m), plan.sub_m))
+
+
+def _rows_step(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, rows: Any) -> None:
+    """Dots, running sum and result of some rows of the block."""
+    total = _dot_block(plan, emulate, r, step, rows)
     if plan.steps_k == 1:
-        _finish(plan, r, total)
+        _finish(plan, r, rows, total)
         return
 
     @pl.when(step == 0)
     def _():
-        r["acc"][...] = total
+        r["acc"][rows, :] = total
 
     @pl.when(step > 0)
     def _():
-        r["acc"][...] += total
+        r["acc"][rows, :] += total
 
     @pl.when(step == plan.steps_k - 1)
     def _():
-        _finish(plan, r, r["acc"][...])
+        _finish(plan, r, rows, r["acc"][rows, :])
 
 
 # --- the operands, rewritten in VMEM
@@ -109,7 +120,10 @@ def _quantize_rows(plan: Plan, r: dict[str, Any], step: jax.Array, at: Any) -> N
         if plan.lhs_tile:
             scales = values.tile_scales(x, tiles, lanes, q)
             for (t, _, _), s in zip(tiles, scales, strict=True):
-                r["row_scale"][step, at, t : t + 1] = s
+                if plan.spreads_row_scale:
+                    r["row_scale"][step, t, at, :] = jnp.broadcast_to(s, (s.shape[0], LANES))
+                elif not plan.folds_lhs:
+                    r["row_scale"][step, at, t : t + 1] = s
             scale = values.select_lanes(scales, tiles, lanes)
         else:
             scale = whole
@@ -156,8 +170,8 @@ def _k_limit(plan: Plan, step: jax.Array) -> jax.Array | None:
 # --- the dots
 
 
-def _dot_block(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array) -> jax.Array:
-    """Sum over this K block, [block_m, block_n] in `plan.acc`, without the scales that are per row or column."""
+def _dot_block(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, rows: Any) -> jax.Array:
+    """Sum over this K block, [rows, block_n] in `plan.acc`, without the scales that are per row or column."""
     total: Any = None
     run = plan.chunk
     if plan.strategy == "after":
@@ -166,35 +180,41 @@ def _dot_block(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array) ->
         stop = min(start + run, plan.block_k)
         part: Any = None
         for lo in range(start, stop, plan.chunk):
-            dot = _partial(plan, emulate, r, step, slice(lo, min(lo + plan.chunk, stop)))
+            dot = _partial(plan, emulate, r, step, rows, slice(lo, min(lo + plan.chunk, stop)))
             dot = dot.astype(plan.acc)
             part = dot if part is None else part + dot
         if plan.strategy == "after":
-            part = _scale_tile(plan, r, step, part, start)
+            part = _scale_tile(plan, r, step, rows, part, start)
         total = part if total is None else total + part
     return total
 
 
-def _scale_tile(plan: Plan, r: dict[str, Any], step: jax.Array, part: jax.Array, start: int) -> jax.Array:
+def _scale_tile(
+    plan: Plan, r: dict[str, Any], step: jax.Array, rows: Any, part: jax.Array, start: int
+) -> jax.Array:
     if plan.rhs_tile:
         t = start // plan.rhs_tile
         part = part * r["rhs_scale"][0, 0, t : t + 1, :].astype(jnp.float32)
     if plan.lhs_tile:
-        part = part * _lhs_scale(plan, r, step, start // plan.lhs_tile)
+        part = part * _lhs_scale(plan, r, step, rows, start // plan.lhs_tile)
     return part
 
 
-def _lhs_scale(plan: Plan, r: dict[str, Any], step: jax.Array, t: int) -> jax.Array:
-    """One float32 scale per row, [block_m, 1]."""
+def _lhs_scale(plan: Plan, r: dict[str, Any], step: jax.Array, rows: Any, t: int) -> jax.Array:
+    """One float32 scale per row: [rows, 1], or as wide as the block where it was stored along the lanes."""
+    if plan.spreads_row_scale:
+        return values.tile_lanes(r["row_scale"][step, t, rows, :], plan.block_n)
     if plan.problem.quantize_lhs is not None and not plan.rows_given:
-        return r["row_scale"][step, :, t : t + 1]
-    return r["lhs_scale"][0, 0, :, t : t + 1].astype(jnp.float32)
+        return r["row_scale"][step, rows, t : t + 1]
+    return r["lhs_scale"][0, 0, rows, t : t + 1].astype(jnp.float32)
 
 
-def _partial(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, at: slice) -> jax.Array:
+def _partial(
+    plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, rows: Any, at: slice
+) -> jax.Array:
     """The dot over `at`, a slice of this K block, with zero points taken off."""
     p = plan.problem
-    lhs = r["lhs_ready"][step, :, at] if plan.prepare_lhs else r["lhs"][0, :, at]
+    lhs = r["lhs_ready"][step, rows, at] if plan.prepare_lhs else r["lhs"][0, rows, at]
     rhs_ref = r["rhs_ready"] if plan.prepare_rhs else r["rhs"].at[0]
     rhs = rhs_ref[:, at] if p.rhs_transposed else rhs_ref[at, :]
     lhs, rhs = values.narrow(lhs, plan.lhs_dot), values.narrow(rhs, plan.rhs_dot)
@@ -207,7 +227,7 @@ def _partial(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, at: 
         z_rhs = _zero_row(plan, r, at)
         out = out - dot(lhs, ones)[:, :1].astype(out.dtype) * z_rhs.astype(out.dtype)
     if zero_lhs:
-        z_lhs = r["lhs_zero"][0, 0, :, _tile(at, plan.lhs_tile)].astype(out.dtype)
+        z_lhs = r["lhs_zero"][0, 0, rows, _tile(at, plan.lhs_tile)].astype(out.dtype)
         sums = dot(jnp.ones((8, lhs.shape[1]), lhs.dtype), rhs)[:1, :]
         if zero_rhs:
             sums = sums - (at.stop - at.start) * z_rhs.astype(out.dtype)
@@ -237,11 +257,11 @@ def _dot(plan: Plan, emulate: bool) -> Callable[[jax.Array, jax.Array], jax.Arra
     return dot
 
 
-def _finish(plan: Plan, r: dict[str, Any], total: jax.Array) -> None:
-    """Applies what is left of the scales and stores the block."""
+def _finish(plan: Plan, r: dict[str, Any], rows: Any, total: jax.Array) -> None:
+    """Applies what is left of the scales and stores the rows."""
     p = plan.problem
     if p.rhs.is_quantized and not plan.rhs_tile:
         total = total.astype(jnp.float32) * r["rhs_scale"][0, 0, :1, :].astype(jnp.float32)
     if plan.scales_lhs and not plan.lhs_tile:
-        total = total.astype(jnp.float32) * _lhs_scale(plan, r, plan.steps_k - 1, 0)
-    r["out"][0, :, :] = total.astype(p.out_dtype)
+        total = total.astype(jnp.float32) * _lhs_scale(plan, r, plan.steps_k - 1, rows, 0)
+    r["out"][0, rows, :] = total.astype(p.out_dtype)

@@ -23,6 +23,7 @@ from qwix_kernels.problem import MatmulProblem, Operand, dtype_bits
 STRATEGIES = ("once", "after", "before")
 LANES = 128
 VMEM_SHARE = 0.75  # the compiler's own temporaries live in the rest
+SUB_M = 128
 # |q| <= 128 makes every product at most 2^14, and float32 counts exactly up to 2^24.
 EXACT_BITS = 24
 _INT8_BITS, _INT4_BITS = 7, 3  # log2 of the largest magnitude
@@ -99,6 +100,16 @@ class Plan:
     @property
     def folds_rhs(self) -> bool:
         return self.strategy == "before" and self.rhs_tile > 0
+
+    @property
+    def sub_m(self) -> int:
+        """Rows whose running sum stays in registers while the tiles of K go by."""
+        return SUB_M if self.strategy == "after" and self.block_m % SUB_M == 0 else self.block_m
+
+    @property
+    def spreads_row_scale(self) -> bool:
+        """Whether dynamic scales of K tiles are stored along the lanes, once for all column blocks."""
+        return self.strategy == "after" and self.lhs_tile > 0 and self.problem.quantize_lhs is not None
 
     @property
     def partial(self) -> str:
@@ -261,6 +272,8 @@ def vmem_bytes(plan: Plan) -> int:
     scratch = bm * _pad(bn) * 4  # the accumulator, or the dot's own result
     if plan.prepare_lhs:
         scratch += plan.steps_k * bm * _pad(bk) * bits(plan.lhs_dot) // 8
+    if plan.spreads_row_scale:
+        scratch += plan.steps_k * plan.lhs_tiles() * bm * LANES * 4
     if plan.prepare_rhs or p.rhs.dtype != plan.rhs_dot:
         scratch += _pad(bn) * _pad(bk) * bits(plan.rhs_dot) // 8
     return 2 * (lhs + rhs + out + scales) + scratch
