@@ -13,7 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from qwix_kernels.problem import MatmulProblem, dtype_bits
+from qwix_kernels.problem import MatmulProblem
+
+from qwix._src.core import numerics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ def device_bytes(tree: Any) -> int:
     >>> device_bytes(jax.ShapeDtypeStruct((256, 3), "int4"))
     384
     """
-    return sum(-(-math.prod(x.shape) * dtype_bits(str(x.dtype)) // 8) for x in jax.tree.leaves(tree))
+    return sum(numerics.device_bytes(x.dtype, math.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def sqnr_db(weight: jax.Array, represented: jax.Array) -> float | None:
