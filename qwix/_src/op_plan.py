@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from qwix._src import qconfig
-from qwix._src.core import dot_general, numerics, qarray
+from qwix._src.core import conv_general, dot_general, numerics, qarray
 from qwix._src.utils import flax_util
 from qwix._src.weight import WeightTracer
 
@@ -55,6 +55,8 @@ def plan_contraction(
         return plan.keep_float("both operands are weights")
     if any(not numerics.should_quantize(a.dtype) for a in args[:2]):
         return plan.keep_float(f"operands are {args[0].dtype} and {args[1].dtype}, not both float")
+    if op == "conv_general_dilated":
+        return _plan_convolution(plan, args, params)
     if op not in ("dot_general", "einsum"):
         return plan.keep_float(f"{op} is not quantized by this provider")
     hows = [_axes(args, params, side, rule) for side in (0, 1)]
@@ -67,6 +69,24 @@ def module_path(weight: WeightTracer | None) -> str:
     """Where an op belongs: to the module that owns its weight, else to the one that is running."""
     path = None if weight is None else weight.info.module_path
     return "/".join(map(str, flax_util.get_current_module_path())) if path is None else path
+
+
+def _plan_convolution(plan: OpPlan, args: Sequence[Any], params: Mapping[str, Any]) -> OpPlan:
+    """One scale per output channel, and per image for the activations."""
+    if plan.weight_side != 1:
+        return plan.keep_float("the kernel of the convolution is no weight")
+    if plan.rule.tile_size:
+        return plan.keep_float("convolutions have no tiles; give them a rule of their own, without tile_size")
+    dnums = params["dimension_numbers"]
+    hows = [
+        {
+            "channelwise_axes": conv_general.get_how_to_quantize(
+                dimension_numbers=dnums, for_lhs=side == 0, qtype="int8"
+            ).channelwise_axes
+        }
+        for side in (0, 1)
+    ]
+    return _plan_weight(plan, args, 1, hows)
 
 
 def _plan_weight(plan: OpPlan, args: Sequence[Any], side: int, hows: Sequence[Any]) -> OpPlan:

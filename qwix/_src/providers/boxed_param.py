@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from qwix._src import op_plan, op_trace, qconfig, weight_view
-from qwix._src.core import dot_general, qarray
+from qwix._src.core import conv_general, dot_general, qarray
 from qwix._src.model_weights import EINSUM_SCOPE, make_record, op_name, swapped
 from qwix._src.op_plan import OpPlan
 from qwix._src.quantize_params import with_scale_shape
@@ -43,10 +43,12 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         disable_jit: bool = False,
         _qarray_module: types.ModuleType = qarray,
         _dot_general_fn: Callable[..., jax.Array] = dot_general.dot_general,
+        _conv_general_dilated_fn: Callable[..., jax.Array] = conv_general.conv_general_dilated,
     ):
         super().__init__(rules, disable_jit=disable_jit)
         self._qarray = _qarray_module
         self._dot_general_fn = _dot_general_fn
+        self._conv_general_dilated_fn = _conv_general_dilated_fn
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_qarray": self._qarray.__name__}
@@ -87,7 +89,8 @@ class Executor:
         self._record(plan, args, params)
         if plan.reason is not None:
             return trace.bind(primitive, args, params)
-        return trace.outside(self._dot, plan, args, params)
+        op = self._convolution if plan.op == "conv_general_dilated" else self._dot
+        return trace.outside(op, plan, args, params)
 
     def lookup(
         self, trace: op_trace.OpTrace, primitive: Any, args: Sequence[Any], params: dict[str, Any]
@@ -122,9 +125,11 @@ class Executor:
             how = None if plan.weight_side is None else plan.weight_how
             self.provider.records[key] = make_record(plan, args, params, how)
 
-    def _dot(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> jax.Array:
-        """A dot in the parent trace, the weight or the second activation on the right."""
-        operands: list[Any] = [a.payload if isinstance(a, WeightTracer) else a for a in args]
+    def _operands(
+        self, plan: OpPlan, args: Sequence[Any], *, fuse: bool
+    ) -> tuple[list[Any], qarray.HowToQuantize | None]:
+        """Both sides as the op gets them, and how the kernel must quantize the activation, if it's left to it."""
+        operands: list[Any] = [a.payload if isinstance(a, WeightTracer) else a for a in args[:2]]
         act_how = None
         for side, how in enumerate(plan.act_hows):
             if how is None:
@@ -132,26 +137,37 @@ class Executor:
             if plan.rule.act_static_scale:
                 name = f"{plan.op_id}_{('lhs', 'rhs')[side]}"
                 operands[side] = self._static(operands[side], how, plan, name)
-            elif plan.weight_side == 1 - side:
-                act_how = how  # the kernel does it
+            elif fuse and plan.weight_side == 1 - side:
+                act_how = how
             else:
                 operands[side] = self.provider._qarray.quantize(operands[side], how)
-        dnums = params["dimension_numbers"]
-        back = None
-        if plan.weight_side == 0:
+        return operands, act_how
+
+    def _dot(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> jax.Array:
+        """A dot in the parent trace. A weight goes to the right side, which is the one that kernels want it on."""
+        operands, act_how = self._operands(plan, args, fuse=True)
+        dnums, sharding, back = params["dimension_numbers"], params.get("out_sharding"), None
+        if plan.weight_side == 0 and sharding is None:
             back = _swap_back(dnums, args)
             operands, dnums = operands[::-1], swapped(dnums)
+        elif plan.weight_side == 0 and act_how is not None:
+            operands[1], act_how = self.provider._qarray.quantize(operands[1], act_how), None
         kwargs = {} if act_how is None else {"act_how": act_how}
-        sharding = params.get("out_sharding")
         out = self.provider._dot_general_fn(
             *operands,
             dnums,
-            precision=params["precision"],
+            precision=_swapped_precision(params["precision"]) if back else params["precision"],
             preferred_element_type=_result_dtype(args, params),
-            out_sharding=sharding if back is None else None,
+            out_sharding=sharding,
             **kwargs,
         )
         return out if back is None else out.transpose(back)
+
+    def _convolution(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> jax.Array:
+        """A convolution in the parent trace."""
+        operands, _ = self._operands(plan, args, fuse=False)
+        options = params | {"preferred_element_type": _result_dtype(args, params)}
+        return self.provider._conv_general_dilated_fn(*operands, **options)
 
     def _static(self, x: jax.Array, how: qarray.HowToQuantize, plan: OpPlan, name: str) -> qarray.QArray:
         scale, zero_point = self.scales.get(plan.path, name, lambda: calibrated_act(x, how, plan.rule), how)
@@ -161,6 +177,10 @@ class Executor:
 def _result_dtype(args: Sequence[Any], params: dict[str, Any]) -> Any:
     preferred = params["preferred_element_type"]
     return jnp.result_type(*(a.dtype for a in args)) if preferred is None else preferred
+
+
+def _swapped_precision(precision: Any) -> Any:
+    return precision[::-1] if isinstance(precision, tuple) else precision
 
 
 def _swap_back(dnums: Any, args: Sequence[Any]) -> tuple[int, ...]:
