@@ -18,6 +18,8 @@ from qwix._src.providers.boxed_param import BoxedParamProvider
 from qwix._src.providers.ptq import PtqProvider
 from qwix._src.qconfig import QuantizationProvider, QuantizationRule, get_current_rule
 from qwix._src.quantize_params import quantize_params
+from qwix._src.report import Report, report
+from qwix._src.rules import load_rules
 from qwix._src.utils.flax_util import QuantStat
 from qwix._src.with_aux import WithAux
 from qwix.version import __version__
@@ -30,6 +32,7 @@ __all__ = [
     "QuantStat",
     "QuantizationProvider",
     "QuantizationRule",
+    "Report",
     "SimpleMovingAverage",
     "SparsityRule",
     "TransposedQArray",
@@ -42,9 +45,11 @@ __all__ = [
     "einsum",
     "get_current_rule",
     "is_quantized",
+    "load_rules",
     "ops",
     "quantize",
     "quantize_model",
     "quantize_params",
+    "report",
     "transpose_qarray",
 ]

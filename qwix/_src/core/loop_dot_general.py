@@ -76,11 +76,9 @@ def loop_dot_general(
     sizes = [lhs.shape[axis] for axis in dims.lhs_contracting]
     total = None
     for starts in itertools.product(*(range(0, n, step) for n, step in zip(sizes, steps, strict=True))):
-        parts = [
-            _chunk(x, axes, starts, steps)
-            for x, axes in ((lhs, dims.lhs_contracting), (rhs, dims.rhs_contracting))
-        ]
-        term = _scaled_dot(*parts, dims, math.prod(steps), kwargs)
+        left = _chunk(lhs, dims.lhs_contracting, starts, steps)
+        right = _chunk(rhs, dims.rhs_contracting, starts, steps)
+        term = _scaled_dot(left, right, dims, math.prod(steps), kwargs)
         total = term if total is None else total + term
     if total is None:  # an empty contracting axis
         total = jnp.zeros(dims.out_shape(lhs.shape, rhs.shape), jnp.float32)

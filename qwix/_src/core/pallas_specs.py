@@ -54,11 +54,13 @@ def _for_argument(spec: Any, arg: Any, grid: Sequence[Any] | None) -> Any:
         scale = spec if spec is pl.no_block_spec else _plain(spec, None, None)
     else:
         scale = _for_scale(spec, tuple(arg.qvalue.shape), tuple(arg.scale.shape), grid)
-    zero_point = None if arg.zero_point is None else scale
-    return qarray.QArray(spec, scale, zero_point, arg.qtype)
+    parts: dict[str, Any] = {"qvalue": spec, "scale": scale}
+    if arg.zero_point is not None:
+        parts["zero_point"] = scale
+    return qarray.QArray(**parts, qtype=arg.qtype)
 
 
-def _plain(spec: pl.BlockSpec, block_shape: Any, index_map: Callable[..., Any] | None) -> pl.BlockSpec:
+def _plain(spec: Any, block_shape: Any, index_map: Callable[..., Any] | None) -> pl.BlockSpec:
     """The spec with another block; without the GPU layout transforms, which are made for the values."""
     changes: dict[str, Any] = {"block_shape": block_shape, "index_map": index_map}
     if getattr(spec, "transforms", ()):
@@ -67,7 +69,7 @@ def _plain(spec: pl.BlockSpec, block_shape: Any, index_map: Callable[..., Any] |
 
 
 def _for_scale(
-    spec: pl.BlockSpec, shape: tuple[int, ...], scale_shape: tuple[int, ...], grid: Sequence[Any] | None
+    spec: Any, shape: tuple[int, ...], scale_shape: tuple[int, ...], grid: Sequence[Any] | None
 ) -> pl.BlockSpec:
     if len(spec.block_shape) != len(shape):
         raise ValueError(
@@ -108,8 +110,8 @@ def _axis(axis: int, dim: Any, size: int, scale_size: int) -> tuple[Any, Callabl
     if isinstance(dim, pl.Element):
         if dim.block_size % tile or any(p % tile for p in dim.padding):
             raise ValueError(_cuts_message(axis, dim, size, tile, divisors=False))
-        padding = tuple(p // tile for p in dim.padding)
-        return pl.Element(dim.block_size // tile, padding), lambda i: i // tile
+        before, after = dim.padding
+        return pl.Element(dim.block_size // tile, (before // tile, after // tile)), lambda i: i // tile
     if isinstance(dim, pl.Blocked | int | np.integer):
         block = dim.block_size if isinstance(dim, pl.Blocked) else int(dim)
         if block % tile == 0:
@@ -144,7 +146,7 @@ def _cuts_message(axis: int, dim: Any, size: int, tile: int, *, divisors: bool) 
 
 
 def _check_element_starts(
-    spec: pl.BlockSpec, shape: tuple[int, ...], scale_shape: tuple[int, ...], grid: Sequence[Any] | None
+    spec: Any, shape: tuple[int, ...], scale_shape: tuple[int, ...], grid: Sequence[Any] | None
 ) -> None:
     """`pl.Element` blocks start anywhere; along a tiled axis they must start where a tile does."""
     tiles = [v // s if 1 < s < v else 1 for v, s in zip(shape, scale_shape, strict=True)]

@@ -128,10 +128,8 @@ def _can_fit_tpu_requirements(block_shape: Sequence[int | None], arg_shape: Sequ
     return lanes and (sizes[-2] == arg_shape[-2] or sizes[-2] % _SUBLANES == 0)
 
 
-def _transposed(
-    spec: pl.BlockSpec, arg: jax.Array, order: Sequence[int]
-) -> tuple[pl.BlockSpec, jax.Array, Restore]:
-    index_map = spec.index_map
+def _transposed(spec: Any, arg: jax.Array, order: Sequence[int]) -> tuple[Any, jax.Array, Restore]:
+    index_map: Any = spec.index_map
 
     def moved(*grid_indices):
         indices = index_map(*grid_indices)
@@ -144,14 +142,12 @@ def _transposed(
     return new, jnp.transpose(arg, order), lambda ref: layout.transpose_array(ref[...], back)
 
 
-def _as_rows(
-    spec: pl.BlockSpec, arg: jax.Array, sizes: tuple[int, ...]
-) -> tuple[pl.BlockSpec, jax.Array, Restore]:
+def _as_rows(spec: Any, arg: jax.Array, sizes: tuple[int, ...]) -> tuple[Any, jax.Array, Restore]:
     counts = tuple(n // size for n, size in zip(arg.shape, sizes, strict=True))
     split = arg.reshape([x for pair in zip(counts, sizes, strict=True) for x in pair])
     rows = split.transpose([*range(0, 2 * arg.ndim, 2), *range(1, 2 * arg.ndim, 2)])
     rows = rows.reshape(*counts, 1, math.prod(sizes))
-    index_map = spec.index_map
+    index_map: Any = spec.index_map
     outer = tuple(dim if _is_squeezed(dim) else 1 for dim in spec.block_shape)
     new = dataclasses.replace(
         spec,
@@ -163,8 +159,8 @@ def _as_rows(
 
 
 def _counted(
-    spec: pl.BlockSpec, arg: jax.Array, sizes: tuple[int, ...], order: list[int]
-) -> tuple[pl.BlockSpec, jax.Array, Restore]:
+    spec: Any, arg: jax.Array, sizes: tuple[int, ...], order: list[int]
+) -> tuple[Any, jax.Array, Restore]:
     """Transposed by `order`; of the last two axes the illegal ones become (number of blocks, block)."""
     spec, arg, back = _transposed(spec, arg, order)
     sizes = tuple(sizes[i] for i in order)
@@ -176,7 +172,7 @@ def _counted(
         shape += [n // sizes[i], sizes[i]] if i in split else [n]
     starts = [i + sum(j < i for j in split) for i in split]  # of the counting axes, after the reshape
     counted = jnp.moveaxis(arg.reshape(shape), starts, range(len(split)))
-    index_map = spec.index_map
+    index_map: Any = spec.index_map
 
     def moved(*grid_indices):
         indices = index_map(*grid_indices)
