@@ -34,7 +34,7 @@ def get_how_to_quantize(
     tile_size: int | float | Mapping[int, int | float] | None,
     **kwargs: Any,
 ) -> HowToQuantize:
-    """How to quantize one operand of an einsum of two: a scale per index of every axis that isn't contracting.
+    """How to quantize one operand of an einsum of two: a scale per index of each axis that isn't contracting.
 
     A numeric tile size goes to the contracting axis that stands last in this operand; a mapping
     {axis: size} is taken as it is. The other arguments are those of `dot_general.get_how_to_quantize`.
