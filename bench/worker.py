@@ -74,6 +74,7 @@ def price_cell(cell: Cell, dump: str) -> dict[str, Any]:
         "ratio_to_floor": cost.static_us / floor,
         "xla_bf16_us": bf16,
         "xla_same_op_us": same,
+        "estimate_us": plan.estimate.static_us,
         "static_kcycles": cost.static_us * spec.ghz,
         "hbm_bytes": cost.hbm_bytes,
         "config": dataclasses.asdict(plan.config) if plan.config is not None else None,
@@ -101,6 +102,8 @@ def _config(problem: Any, cell: Cell) -> Any:
 
 def _note(plan: Any, cost: tpu_compile.ProgramCost) -> str:
     notes = [f"not {name}: {reason}" for name, reason in plan.rejected]
+    if plan.chosen != "xla" and not cost.kernels:
+        notes.append("the compiled program holds no kernel all the same")
     around = cost.static_us - sum(op.static_us for op in cost.kernels)
     if cost.kernels and around > 0.01 * cost.static_us:
         notes.append(f"XLA ops round the kernel take {around:.1f} us")
