@@ -253,20 +253,30 @@ def test_matmul_in_the_simulator(name):
     assert_is_product(matmul(x, w, (8, 128, 128), interpret=SIMULATOR), x, w)
 
 
-@pytest.mark.parametrize("chip", TOPOLOGIES)
-def test_matmul_compiles_for_the_chip(chip):
-    """Sub-channel scales and zero points on both sides: every rewrite of a layout but one is in it."""
+def compile_matmul(chip, args):
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
     mesh = jax.sharding.Mesh(np.array([device]), ("x",))
-    args = (
-        shaped((256, 512), (256, 8), zero_point=True),
-        shaped((512, 256), (4, 256), zero_point=True),
-    )
     sharding = jax.sharding.SingleDeviceSharding(device)
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = jax.jit(lambda x, w: matmul(x, w, (128, 256, 128))).lower(*args).compile()
-    assert "tpu_custom_call" in compiled.as_text()
+        return jax.jit(lambda x, w: matmul(x, w, (128, 256, 128))).lower(*args).compile().as_text()
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_matmul_compiles_for_the_chip(chip):
+    """Sub-channel scales and zero points on both sides: every rewrite of a layout but one is in it."""
+    x = shaped((256, 512), (256, 8), zero_point=True)
+    w = shaped((512, 256), (4, 256), zero_point=True)
+    assert "tpu_custom_call" in compile_matmul(chip, (x, w))
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("qtype", ["int4", "int2", "uint8", "int16", "nf4", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_formats_compile_for_the_chip(chip, qtype):
+    quantize = lambda w: qpl.quantize(w, qtype, channelwise_axes=[1], tiled_axes={0: 64})
+    w = jax.eval_shape(quantize, sds((512, 256)))
+    assert "tpu_custom_call" in compile_matmul(chip, (sds((256, 512), jnp.bfloat16), w))
 
 
 def copy_kernel(q_ref, out_ref):
@@ -284,41 +294,39 @@ def test_without_specs_arrays_arrive_whole():
 
 
 @pytest.mark.parametrize(
-    ("block", "index_map", "shape", "out_block", "grid"),
+    ("block", "shape", "grid"),
     [
-        ((256,), lambda i: (i,), (1024,), (256,), (4,)),
-        ((None, 128), lambda i: (i, 0), (16, 128), (1, 128), (16,)),
-        ((pl.Squeezed(), 128), lambda i: (i, 0), (16, 128), (1, 128), (16,)),
-        ((pl.Element(32), pl.Element(128)), lambda i: (i * 32, 0), (64, 128), (32, 128), (2,)),
-        ((8, 8), lambda i: (i, 0), (32, 8), (8, 8), (4,)),
-        ((2, 8), lambda i: (i, 0), (32, 8), (2, 8), (16,)),  # within a tile
-        ((24, 128), lambda i: (i, 0), (64, 128), (24, 128), (3,)),  # hangs over the end
+        ((256,), (1024,), 4),
+        ((None, 128), (16, 128), 16),
+        ((pl.Squeezed(), 128), (16, 128), 16),
+        ((8, 8), (32, 8), 4),
+        ((2, 8), (32, 8), 16),  # within a tile
+        ((24, 128), (64, 128), 3),  # hangs over the end
     ],
 )
-def test_kinds_of_blocks(block, index_map, shape, out_block, grid):
+def test_kinds_of_blocks(block, shape, grid):
     """Each block of values comes with the scales and zero points that belong to it."""
-    q = qpl.quantize(
-        normal(*shape), "int8", tiled_axes={0: 8 if len(shape) > 1 else 64}, calibration_method="minmax"
+    q = qpl.quantize(normal(*shape), "int8", tiled_axes={0: 8}, calibration_method="minmax")
+    spec = pl.BlockSpec(block, lambda i: (i, 0)[: len(shape)])
+    call = qpl.pallas_call(
+        copy_kernel, sds(shape), grid=(grid,), in_specs=[spec], out_specs=spec, interpret=True
     )
-    squeezed = len(shape) > 1 and not isinstance(block[0], int | pl.Element)
+    np.testing.assert_array_equal(call(q), qpl.dequantize(q))
 
-    def kernel(q_ref, out_ref):
-        loaded = q_ref[...]
-        out_ref[...] = qpl.dequantize(loaded).reshape(out_ref.shape)
 
-    out_index = (
-        (lambda i: (i, 0, 0)) if squeezed else index_map if block[0] == out_block[0] else lambda i: (i, 0)
-    )
-    out_shape = (shape[0], 1, shape[1]) if squeezed else shape
-    out = qpl.pallas_call(
-        kernel,
-        sds(out_shape),
-        grid=grid,
-        in_specs=[pl.BlockSpec(block, index_map)],
-        out_specs=pl.BlockSpec((None, 1, 128) if squeezed else out_block, out_index),
+def test_blocks_that_overlap():
+    """`pl.Element` counts starts in elements: here each block shares half of its rows with the next."""
+    q = qpl.quantize(normal(64, 128), "int8", tiled_axes={0: 8})
+    call = qpl.pallas_call(
+        copy_kernel,
+        sds((96, 128)),
+        grid=(3,),
+        in_specs=[pl.BlockSpec((pl.Element(32), pl.Element(128)), lambda i: (i * 16, 0))],
+        out_specs=pl.BlockSpec((32, 128), lambda i: (i, 0)),
         interpret=True,
-    )(q)
-    np.testing.assert_array_equal(out.reshape(shape), qpl.dequantize(q))
+    )
+    x = qpl.dequantize(q)
+    np.testing.assert_array_equal(call(q), jnp.concatenate([x[0:32], x[16:48], x[32:64]]))
 
 
 def test_memory_space_any():
