@@ -216,11 +216,12 @@ def _batch_into_rows(left: list[jax.Array], right, problem: MatmulProblem, how: 
 
 
 def _lower(ctx, *args, problem: MatmulProblem, how: How, platform: str | None):
-    platform = platform or (ctx.platforms or ctx.module_context.platforms)[0]
     axis_context = ctx.module_context.axis_context
     devices = getattr(axis_context, "device_assignment", None)
-    chip = chips.chip_for_lowering(platform, devices[0] if devices else None)
-    impl, config = _decide(problem, how, chip, getattr(axis_context, "num_devices", 1))
+    # Platforms without a rule of their own share one lowering; all implementations they may get are portable.
+    for name in (platform,) if platform else ctx.platforms or ctx.module_context.platforms:
+        chip = chips.chip_for_lowering(name, devices[0] if devices else None)
+        impl, config = _decide(problem, how, chip, getattr(axis_context, "num_devices", 1))
     out = ctx.avals_out[0].sharding
 
     def fun(*arrays):

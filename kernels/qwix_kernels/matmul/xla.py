@@ -26,8 +26,8 @@ import numpy as np
 
 from qwix_kernels.problem import CODEBOOKS, MatmulProblem, RowQuantize, Tensor
 
-# Runs of K that share their scales and are shorter than this are scaled before the dot: the dots would be too
-# thin.
+# Runs of K that share their scales and are shorter than this are scaled before the dot: each dot would do too
+# little.
 MIN_TILE = 32
 # The longest sum of products (a - za) * (b - zb) of bytes that is sure to fit int32.
 MAX_RUN = 1 << 15
@@ -279,15 +279,18 @@ def _float_dot(problem: MatmulProblem, left: Side, right: Side) -> jax.Array:
     dtype = _compute_dtype(left, right)
     accumulator = jnp.promote_types(dtype, jnp.float32)
 
-    def dot(a: Side, b: Side, scaled: bool = False) -> jax.Array:
-        a_values, b_values = a.dequantized(dtype, scaled), b.dequantized(dtype, scaled)
-        return _dot(a, b, a_values, b_values, accumulator, problem.precision)
+    def dot(a: Side, b: Side) -> jax.Array:
+        values = (x.dequantized(dtype, scaled=False) for x in (a, b))
+        return _dot(a, b, *values, accumulator, problem.precision)
 
     if not (left.varies_along_k or right.varies_along_k):
         return _scaled(dot(left, right), left, right)
     if dtype == jnp.bfloat16 and math.gcd(left.tile, right.tile) >= MIN_TILE:
         return _sum_over_tiles(problem.k, left, right, None, dot)
-    return dot(left, right, scaled=True)
+    if jnp.bfloat16 not in (left.values.dtype, right.values.dtype):
+        dtype = accumulator  # scaled values are exact in bfloat16 no longer
+    values = (x.dequantized(dtype, scaled=True) for x in (left, right))
+    return _dot(left, right, *values, accumulator, problem.precision)
 
 
 def _compute_dtype(left: Side, right: Side):
