@@ -30,7 +30,7 @@ def represented(x) -> np.ndarray:
     return values * full(x.scale)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def check_einsum():
     """check(out, subscripts, *operands): within the bound of float32 sums, rounded once to out's dtype."""
 
@@ -50,7 +50,7 @@ def check_einsum():
     return check
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def normal():
     """normal(seed, *shape, dtype): reproducible values."""
     return lambda seed, *shape, dtype=jnp.float32: jax.random.normal(jax.random.key(seed), shape, dtype)

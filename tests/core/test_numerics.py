@@ -16,9 +16,9 @@ from qwix._src.core import numerics
     [
         ("int1", 0.5), ("int2", 1.5), ("int3", 3.5), ("int4", 7.5), ("int5", 15.5), ("int6", 31.5),
         ("int7", 63.5), ("int8", 127.5), ("int16", 32768.0), (jnp.int2, 1.5), ("uint4", 15.5),
-        ("uint8", 255.5), ("nf4", 1.0), (jnp.float8_e4m3fn, 448.0), (jnp.float8_e4m3, 240.0), (jnp.float8_e5m2, 57344.0),
-        (jnp.float8_e4m3b11fnuz, 30.0), ("float4_e2m1fn", 6.0), ("mxfp8", 448.0), ("mxfp8_16", 448.0),
-        ("mxfp4", 6.0), ("nvfp4", 6.0),
+        ("uint8", 255.5), ("nf4", 1.0), (jnp.float8_e4m3fn, 448.0), (jnp.float8_e4m3, 240.0),
+        (jnp.float8_e5m2, 57344.0), (jnp.float8_e4m3b11fnuz, 30.0), ("float4_e2m1fn", 6.0),
+        ("mxfp8", 448.0), ("mxfp8_16", 448.0), ("mxfp4", 6.0), ("nvfp4", 6.0),
     ],
 )  # fmt: skip
 def test_symmetric_bounds(qtype, bound):
