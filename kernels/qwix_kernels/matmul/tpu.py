@@ -1,8 +1,8 @@
 """Quantized matmul on a TPU, by one Pallas kernel: what it takes, with which blocks, and the call itself.
 
-Every scheme is one kernel body (tpu_kernel.py) under a plan (tpu_plan.py); tpu_estimate.py prices a plan and picks the
-blocks. The big operands are read as they lie in HBM, any M, N and K, either order of the rhs; only scales and zero
-points, which are small, are laid out anew outside.
+Every scheme is one kernel body (tpu_kernel.py) under a plan (tpu_plan.py); tpu_estimate.py prices a plan and
+picks the blocks. The big operands are read as they lie in HBM, any M, N and K, either order of the rhs; only
+scales and zero points, which are small, are laid out anew outside.
 """
 
 from __future__ import annotations
@@ -93,13 +93,9 @@ def _operands(plan: Plan, lhs: Tensor, rhs: Tensor) -> list[tuple[str, jax.Array
         ),
     ]
     if p.rhs_transposed:
-        out.append(
-            ("rhs", rhs.values, pl.BlockSpec((1, bn, bk), lambda b, i, j, k: (batched(rhs, b), j, k)))
-        )
+        out.append(("rhs", rhs.values, pl.BlockSpec((1, bn, bk), lambda b, i, j, k: (batched(rhs, b), j, k))))
     else:
-        out.append(
-            ("rhs", rhs.values, pl.BlockSpec((1, bk, bn), lambda b, i, j, k: (batched(rhs, b), k, j)))
-        )
+        out.append(("rhs", rhs.values, pl.BlockSpec((1, bk, bn), lambda b, i, j, k: (batched(rhs, b), k, j))))
     if plan.rows_given:
         assert p.quantize_lhs is not None
         top = jnp.max(jnp.abs(lhs.values), axis=2, keepdims=True).astype(jnp.float32)
@@ -133,7 +129,7 @@ def _rhs_side(plan: Plan, name: str, x: jax.Array) -> tuple[str, jax.Array, pl.B
     Only where they go on a transposed rhs before the dot do they keep its order: [batch, K blocks, N, tiles].
     """
     p = plan.problem
-    free, along = (1, 2) if p.rhs_transposed else (2, 1)
+    free = 1 if p.rhs_transposed else 2
     x = _expand(_expand(x, free, p.n), 0, p.rhs.batch)
     if p.rhs_transposed and plan.folds_rhs:
         x = _by_block(plan, x, plan.rhs_tile, axis=2)
@@ -158,7 +154,7 @@ def _expand(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _by_block(plan: Plan, x: jax.Array, tile: int, axis: int) -> jax.Array:
-    """Splits the K tiles of a rank-3 array into (K blocks, tiles of a block), K blocks first after the batch."""
+    """K tiles of a rank-3 array split into (K blocks, tiles of a block), K blocks right after the batch."""
     if not tile:
         return x[:, None]
     per_block = plan.block_k // tile
@@ -193,4 +189,3 @@ def _cost(plan: Plan, arrays: tuple[jax.Array, ...]) -> pl.CostEstimate:
     moved = sum(a.size * dtype_bits(a.dtype.name) // 8 for a in arrays)
     moved += p.batch * p.m * p.n * dtype_bits(p.out_dtype) // 8
     return pl.CostEstimate(flops=2 * p.batch * p.m * p.n * p.k, bytes_accessed=moved, transcendentals=0)
-

@@ -1,8 +1,9 @@
 """What the TPU kernel takes, what it costs, and the blocks that cost least: analytic, from static facts.
 
-The cost of a step is that of its busiest unit, as the compiler overlaps them: the matrix unit at its peak, or the
-vector unit at four operations on 1024 float32 lanes per cycle. Vector operations are counted per 1024 elements; the
-constants below were read from the compiler's final bundles (`python -m bench.price` prints those of any plan).
+The cost of a step is that of its busiest unit, as the compiler overlaps them: the matrix unit at its peak, or
+the vector unit at four operations on 1024 float32 lanes per cycle. Vector operations are counted per 1024
+elements; the constants below were read from the compiler's final bundles (`python -m bench.price` prints
+those of any plan).
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ _VALU = 4 * 1024
 def check(problem: MatmulProblem, chip: Chip) -> None:
     """Raises NotImplementedError, naming the constraint and the shapes, for what the kernel does not run."""
     p = problem
-    shapes = f"lhs [{p.lhs.batch}, {p.m}, {p.k}] {p.lhs.dtype}, rhs [{p.rhs.batch}, {p.k}, {p.n}] {p.rhs.dtype}"
+    shapes = (
+        f"lhs [{p.lhs.batch}, {p.m}, {p.k}] {p.lhs.dtype}, rhs [{p.rhs.batch}, {p.k}, {p.n}] {p.rhs.dtype}"
+    )
 
     def refuse(reason: str) -> None:
         raise NotImplementedError(f"the TPU kernel {reason}; got {shapes} on {chip.name}")
@@ -54,9 +57,8 @@ def check(problem: MatmulProblem, chip: Chip) -> None:
             refuse(f"takes scales in {' or '.join(_SCALES)}, not {x.scale_dtype}")
         if x.zero_point and x.codebook:
             refuse("has no zero points with a codebook")
-        if tile := k_tile(x, p.k):
-            if tile < MIN_TILE or tile % MIN_TILE:
-                refuse(f"takes K tiles of multiples of {MIN_TILE}, not {tile} ({name})")
+        if k_tile(x, p.k) % MIN_TILE:
+            refuse(f"takes K tiles of multiples of {MIN_TILE}, not {x.tile_k} ({name})")
     if p.out_dtype not in _OUT:
         refuse(f"gives {', '.join(_OUT)}, not {p.out_dtype}")
     if p.precision not in (None, "default") and any(d in ("float32", "bfloat16") for d in stored(p)):
@@ -65,7 +67,7 @@ def check(problem: MatmulProblem, chip: Chip) -> None:
         tile = q.tile_k % p.k
         if q.dtype not in _QUANTIZED_TO:
             refuse(f"quantizes rows to {', '.join(_QUANTIZED_TO)}, not {q.dtype}")
-        if tile and tile % LANES and LANES % tile or tile and tile < MIN_TILE:
+        if tile % LANES and tile not in (32, 64):
             refuse(f"quantizes rows by K tiles of 32, 64 or multiples of {LANES}, not {tile}")
     if all(x.dtype in ("bfloat16", "float32") and not x.is_quantized for x in (p.lhs, p.rhs)) and not q:
         refuse("needs a quantized operand")
@@ -106,7 +108,9 @@ def _fitting(p: MatmulProblem, chip: Chip) -> Iterator[tuple[Config, Plan]]:
                 continue
             found = True
             yield config, plan
-        if found:  # the whole K in one block wins wherever it fits: the sum never leaves the matrix unit's reach
+        if (
+            found
+        ):  # the whole K in one block wins wherever it fits: the sum never leaves the matrix unit's reach
             return
 
 
@@ -147,7 +151,6 @@ def estimate(problem: MatmulProblem, chip: Chip, config: Config) -> Estimate:
 
 
 def _compute_us(plan: Plan, chip: Chip) -> float:
-    p = plan.problem
     b, rows, columns, steps = plan.grid
     macs = plan.block_m * _lanes(plan.block_n) * plan.block_k
     rate = {"int8": chip.int8, "int4": chip.int4}.get(plan.lhs_dot, chip.bf16)
@@ -174,7 +177,9 @@ def _weight_ops(plan: Plan, chip: Chip) -> float:
     if plan.prepare_rhs or kind != plan.rhs_dot:
         each = _widen(kind) + 0.5
     elif not chip.is_native(plan.lhs_dot, plan.rhs_dot):
-        each = _MIXED["float8" if is_fp8(kind) else kind] * (_NO_BF16_UNIT if chip.name in ("v5e", "v5p") else 1)
+        each = _MIXED["float8" if is_fp8(kind) else kind] * (
+            _NO_BF16_UNIT if chip.name in ("v5e", "v5p") else 1
+        )
     if plan.folds_rhs:
         each += _SCALE_WEIGHT + p.rhs.zero_point
     return each * _lanes(plan.block_n) * plan.block_k / 1024
@@ -221,4 +226,3 @@ def _memory_us(plan: Plan, chip: Chip) -> float:
     rhs = cost.operand_bytes(p.rhs, p.k) * again * (p.batch // p.rhs.batch)
     out = p.batch * p.m * p.n * dtype_bits(p.out_dtype) / 8
     return (lhs + rhs + out) / (chip.hbm_gbps * 1e3)
-

@@ -1,18 +1,19 @@
 """The body of the TPU matmul kernel: one grid step of a `tpu_plan.Plan`.
 
 The grid is (batch, M blocks, N blocks, K blocks), K innermost. In one step:
-    1. on the first column block, the rows are rewritten into VMEM where the plan says so (dynamic quantization, casts,
-       dequantization) and stay there for all column blocks of the row block;
-    2. the weights of the step are rewritten where the plan says so (scale before the dot, codebooks, K tails);
-    3. partial dots run over the block's K, are corrected for zero points by row and column sums, scaled where the
-       strategy is "after", and added up;
+    1. on the first column block, the rows are rewritten into VMEM where the plan says so (dynamic
+       quantization, casts, dequantization) and stay there for all column blocks of the row block;
+    2. the weights of the step are rewritten where the plan says so (scale before the dot, codebooks, K
+       tails);
+    3. partial dots run over the block's K, are corrected for zero points by row and column sums, scaled where
+       the strategy is "after", and added up;
     4. on the last K block the per-row and per-column scales go on, and the result is stored.
 
-Rows and columns past the operands hold whatever the DMA left there: they reach only outputs that are cut off. K past
-the operands would reach everything, so both sides are zeroed there.
+Rows and columns past the operands hold whatever the DMA left there: they reach only outputs that are cut off.
+K past the operands would reach everything, so both sides are zeroed there.
 
-XLA:CPU, which runs the interpreter's dots, multiplies neither int4 nor fp8: `emulate` widens dot operands to int32 and
-float32, and nothing else changes.
+XLA:CPU, which runs the interpreter's dots, multiplies neither int4 nor fp8: `emulate` widens dot operands to
+int32 and float32, and nothing else changes.
 """
 
 from __future__ import annotations
@@ -105,10 +106,12 @@ def _convert_rows(plan: Plan, r: dict[str, Any], step: jax.Array, at: Any) -> No
 
 def _quantize_rows(plan: Plan, r: dict[str, Any], step: jax.Array, at: Any) -> None:
     """Dynamic quantization of the rows `at`, by row or by row and K tile: see `problem.RowQuantize`."""
-    p, q = plan.problem, plan.problem.quantize_lhs
+    q = plan.problem.quantize_lhs
     assert q is not None
     limit = _k_limit(plan, step)
-    load = lambda lanes: values.zero_past(r["lhs"][0, at, lanes].astype(jnp.float32), limit, lanes.start, axis=1)
+    load = lambda lanes: values.zero_past(
+        r["lhs"][0, at, lanes].astype(jnp.float32), limit, lanes.start, axis=1
+    )
     groups = values.lane_groups(plan.block_k, plan.lhs_tile)
     if plan.rows_given:
         whole = r["lhs_scale"][0, 0, at, :]

@@ -1,13 +1,13 @@
 """What the TPU kernel will do for one problem on one chip: resolved once, from static facts only.
 
-A plan fixes the dtypes on the matrix unit, which operand is rewritten in VMEM first, where each scale is applied and how
-much of K one partial dot may cover. `resolve` raises NotImplementedError, naming the constraint, for what the kernel
-does not do; `tpu_kernel.py` then trusts the plan.
+A plan fixes the dtypes on the matrix unit, which operand is rewritten in VMEM first, where each scale is
+applied and how much of K one partial dot may cover. `resolve` raises NotImplementedError, naming the
+constraint, for what the kernel does not do; `tpu_kernel.py` then trusts the plan.
 
 Where a scale that changes along K is applied:
-    after    each K tile is its own dot, whose result is scaled into a float32 accumulator
-    before   the values are dequantized to bfloat16 in VMEM, then one dot takes the whole block
-    once     no scale changes along K (scales per row and per column are always applied last, on the accumulator)
+    after    each K tile is its own dot, whose result is scaled into a float32 accumulator before   the values
+    are dequantized to bfloat16 in VMEM, then one dot takes the whole block once     no scale changes along K
+    (scales per row and per column are always applied last, on the accumulator)
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def lhs_tile(self) -> int:
-        """Run of K that shares a scale of the lhs, or 0 where its scale (if any) is the same for the whole K."""
+        """Run of K that shares a scale of the lhs, or 0 where one scale (or none) covers the whole K."""
         q = self.problem.quantize_lhs
         return k_tile(self.problem.lhs, self.problem.k) if q is None else q.tile_k % self.problem.k
 
@@ -154,8 +154,8 @@ def is_integer_problem(problem: MatmulProblem) -> bool:
 def dot_dtypes(problem: MatmulProblem, chip: Chip, strategy: str) -> tuple[str, str]:
     """What the matrix unit is fed on either side.
 
-    Exact by construction: int4 fits int8 and float8_e4m3fn; int8 and fp8 fit bfloat16. A float32 operand is rounded to
-    bfloat16, the unit's own default precision.
+    Exact by construction: int4 fits int8 and float8_e4m3fn; int8 and fp8 fit bfloat16. A float32 operand is
+    rounded to bfloat16, the unit's own default precision.
     """
     lhs, rhs = stored(problem)
     folded = strategy == "before"
@@ -195,7 +195,7 @@ def _exact_chunk(problem: MatmulProblem, lhs_dot: str) -> int:
 
 
 def resolve(problem: MatmulProblem, chip: Chip, config: Config) -> Plan:
-    """The plan of `config`. Raises NotImplementedError where it does not fit the problem or the chip's VMEM."""
+    """The plan of `config`; NotImplementedError where it does not fit the problem or the chip's VMEM."""
     p = problem
     tiles = [t for t in (k_tile(p.lhs, p.k), k_tile(p.rhs, p.k), _row_tile(p)) if t]
     if bool(tiles) == (config.strategy == "once"):
@@ -221,7 +221,9 @@ def resolve(problem: MatmulProblem, chip: Chip, config: Config) -> Plan:
         rhs_dot=rhs_dot,
         chunk=chunk,
         prepare_lhs=k_tail or lhs != lhs_dot or p.quantize_lhs is not None,
-        prepare_rhs=k_tail or rhs == "nf4" or (zero_in_place and (p.rhs.zero_point or k_tile(p.rhs, p.k) > 0)),
+        prepare_rhs=k_tail
+        or rhs == "nf4"
+        or (zero_in_place and (p.rhs.zero_point or k_tile(p.rhs, p.k) > 0)),
         integer=is_integer_problem(p) and config.strategy == "once",
         rows_given=p.quantize_lhs is not None and not _row_tile(p) and config.block_k < p.k,
         megacore_rows=chip.name == "v5p" and p.batch * pl_cdiv(p.m, config.block_m) < chip.cores,
@@ -242,7 +244,9 @@ def _row_tile(p: MatmulProblem) -> int:
 def _after_chunk(p: MatmulProblem, tiles: list[int], exact: int) -> int:
     small = min(tiles)
     if small % LANES or any(t % small for t in tiles):
-        raise NotImplementedError(f"strategy 'after' needs K tiles of {LANES}s that divide each other, got {tiles}")
+        raise NotImplementedError(
+            f"strategy 'after' needs K tiles of {LANES}s that divide each other, got {tiles}"
+        )
     return small if small <= exact else math.gcd(small, exact)
 
 
@@ -254,7 +258,9 @@ def _check_blocks(p: MatmulProblem, config: Config, tiles: list[int]) -> None:
     if config.block_k != p.k:
         unit = math.lcm(LANES, *tiles)
         if config.block_k % unit or config.block_k > p.k:
-            raise NotImplementedError(f"block_k must be K={p.k} or a smaller multiple of {unit}, got {config}")
+            raise NotImplementedError(
+                f"block_k must be K={p.k} or a smaller multiple of {unit}, got {config}"
+            )
 
 
 def vmem_bytes(plan: Plan) -> int:

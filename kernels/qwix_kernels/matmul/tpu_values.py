@@ -1,7 +1,7 @@
-"""Values inside the TPU kernel: widening, narrowing, codebooks, scales along lanes, dynamic quantization of rows.
+"""Values inside the TPU kernel: widening, narrowing, codebooks, scales along lanes, quantization of rows.
 
-Everything works on [rows, lanes] blocks in VMEM. A "group" is what is rewritten at a time: a slice of lanes (or rows)
-and the scale tiles in it as (tile, start, stop) in the block's own coordinates.
+Everything works on [rows, lanes] blocks in VMEM. A "group" is what is rewritten at a time: a slice of lanes
+(or rows) and the scale tiles in it as (tile, start, stop) in the block's own coordinates.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def lane_groups(size: int, tile: int) -> list[Group]:
 
 
 def row_groups(size: int, tile: int) -> list[Group]:
-    """Slices of `size` rows, each of whole tiles and, where it can be, of whole native tiles of 4-bit values."""
+    """Slices of `size` rows, of whole tiles and, where it can be, of whole native tiles of 4-bit values."""
     width = 2 * LANES if not tile else math.lcm(tile, LANES)
     return _groups(size, tile, width)
 
@@ -128,7 +128,7 @@ def spread(ref: Any, at: tuple, tiles: list[tuple[int, int, int]], lanes: slice)
 
 
 def row_absmax(pieces: list[jax.Array]) -> jax.Array:
-    """max |x| of each row over all pieces, [rows, 1]: across the vector registers first, then over the lanes."""
+    """max |x| of each row over all pieces, [rows, 1]: across the registers first, then over the lanes."""
     by_width: dict[int, jax.Array] = {}
     for piece in pieces:
         for lo in range(0, piece.shape[1], LANES):
@@ -139,7 +139,9 @@ def row_absmax(pieces: list[jax.Array]) -> jax.Array:
     return tops[0] if len(tops) == 1 else jnp.maximum(tops[0], tops[1])
 
 
-def tile_scales(x: jax.Array, tiles: list[tuple[int, int, int]], lanes: slice, how: RowQuantize) -> list[jax.Array]:
+def tile_scales(
+    x: jax.Array, tiles: list[tuple[int, int, int]], lanes: slice, how: RowQuantize
+) -> list[jax.Array]:
     """One scale per row for each tile of the group."""
     if len(tiles) == 1:
         return [row_scale(row_absmax([x]), how)]
@@ -150,13 +152,13 @@ def tile_scales(x: jax.Array, tiles: list[tuple[int, int, int]], lanes: slice, h
 
 
 def row_scale(absmax: jax.Array, how: RowQuantize) -> jax.Array:
-    """absmax / bound, by the reciprocal that every implementation uses, and 1 where that is too small to divide by."""
+    """absmax / bound, by the reciprocal that every implementation uses; 1 where that is too small."""
     scale = absmax * jnp.float32(how.reciprocal)
     return jnp.where(scale < jnp.float32(math.sqrt(jnp.finfo(jnp.float32).tiny)), 1.0, scale)
 
 
 def quantize(x: jax.Array, how: RowQuantize) -> jax.Array:
-    """Scaled float32 values on `how.dtype`'s grid, where that is of integers; clipped to its range in any case."""
+    """Scaled float32 values, rounded where `how.dtype` is of integers, and clipped to its range."""
     if jnp.issubdtype(how.dtype, jnp.integer):
         x = jnp.round(x)
     low, high = how.limits
