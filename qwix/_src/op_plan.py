@@ -1,10 +1,11 @@
-"""What to do with one op of a model: decided once from static facts, the same way when a model is converted and
-when it runs. No arrays are touched here.
+"""What to do with one op of a model: decided once from static facts, the same way when a model is converted
+and when it runs. No arrays are touched here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -169,12 +170,18 @@ def _checked(
             qarray.get_scale_shape(tuple(shape), how)
     except ValueError as error:
         raise ValueError(
-            f"The weight {weight.info.full_path!r} of shape {tuple(weight.shape)} can't be quantized as its rule "
-            f"says: {error}"
+            f"The weight {weight.info.full_path!r} of shape {tuple(weight.shape)} can't be quantized as its "
+            f"rule says: {error}"
         ) from error
     return how
 
 
 def quantized_shape(shape: Sequence[int], dtype: Any, how: qarray.HowToQuantize) -> qarray.QArray:
     """The QArray of an array of this shape, without arrays."""
-    return jax.eval_shape(lambda x: qarray.quantize(x, how), jax.ShapeDtypeStruct(tuple(shape), dtype))
+    return _quantized_shape(tuple(shape), jax.numpy.dtype(dtype), how)
+
+
+# The layers of a model have few shapes between them, and a trace of `quantize` takes milliseconds.
+@functools.lru_cache(maxsize=1024)
+def _quantized_shape(shape: tuple[int, ...], dtype: Any, how: qarray.HowToQuantize) -> qarray.QArray:
+    return jax.eval_shape(lambda x: qarray.quantize(x, how), jax.ShapeDtypeStruct(shape, dtype))

@@ -233,6 +233,7 @@ def get_nf4_buckets() -> jax.Array:
     return jnp.array(problem.NF4, jnp.float32)
 
 
+@jax.jit
 def fp_to_nf4(array: jax.Array) -> jax.Array:
     """Indices (uint4) of the nearest NF4 values; the lower one on a tie.
 
