@@ -1,11 +1,11 @@
 """Replacing functions by dotted path, for one thread and for the time of a call.
 
-Patches are process-wide but only do something on threads where an interceptor is active; others see the originals.
-A plain function is replaced by its code object, so `from jax.lax import dot_general` made before is caught, too;
-anything else (a jitted function, a class attribute) by setting the attribute.
+Patches are process-wide but only do something on threads where an interceptor is active; others see the
+originals. A plain function is replaced by its code object, so `from jax.lax import dot_general` made before
+is caught, too; anything else (a jitted function, a class attribute) by setting the attribute.
 
-Which interceptors are enabled is part of JAX's trace context, so a jitted function that was traced with them is
-never reused without them, nor the reverse.
+Which interceptors are enabled is part of JAX's trace context, so a jitted function that was traced with
+them is never reused without them, nor the reverse.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def _without(tokens: Collection[Any]) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Interceptor(Mapping[str, Callable[..., Any]]):
-    """Replacements by dotted path. Two interceptors of one id are one: it's active at most once per thread."""
+    """Replacements by dotted path. Two interceptors of one id are one: it's active at most once per
+    thread.
+    """
 
     mapping: Mapping[str, Callable[..., Any]]
     id: int

@@ -1,7 +1,7 @@
 """Converting Linen modules: their `init` makes quantized params, and `apply` computes with them.
 
-`init` runs the float module, sees abstractly which op eats which param, quantizes those params one by one, and
-returns the output of the quantized module.
+`init` runs the float module, sees abstractly which op eats which param, quantizes those params one by one,
+and returns the output of the quantized module.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def _scope_param(
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(expected)]
     if shapes != [stored.shape]:
         raise ValueError(
-            f"The quantized param {info.full_path!r} has shape {stored.shape}, but the module's is {shapes[0]}. Are "
-            "these the params of another model?"
+            f"The quantized param {info.full_path!r} has shape {stored.shape}, but the module's is "
+            f"{shapes[0]}. Are these the params of another model?"
         )
     rule = stored.info.rule if stored.info else None
     return tag(stored.unboxed, dataclasses.replace(info, rule=rule))
@@ -117,7 +117,8 @@ def _initialize(
     provider: BoxedParamProvider, plain: Callable[..., Any], model: nn.Module, args: Any, kwargs: Any
 ) -> Any:
     """Makes float params, quantizes them where they are, and returns what the quantized module does."""
-    rngs = {name: rng.as_jax_rng() for name, rng in model.scope.rngs.items()}
+    scope = _scope(model)
+    rngs = {name: rng.as_jax_rng() for name, rng in scope.rngs.items()}
     before = {c: v for c, v in _variables(model).items() if c != "params"}
     plain(model, *args, **kwargs)
     variables = _variables(model)
@@ -125,7 +126,7 @@ def _initialize(
         variables, *args, rngs=rngs, mutable=True, method=plain, **kwargs
     )[0]
     found = _discover(provider, model, variables, apply)
-    params = model.scope._mutable_collection("params")
+    params = scope._mutable_collection("params")
     for key, what in found.items():
         _quantize(provider, params, key, what)
     stored = {"params": flax_util.unbox(_plain(params))}
@@ -171,13 +172,20 @@ def _quantize(provider: BoxedParamProvider, params: Any, key: tuple[Any, ...], w
     params[name] = weight
 
 
+def _scope(model: nn.Module) -> flax_scope.Scope:
+    if model.scope is None:
+        raise ValueError(f"{type(model).__name__} is not bound to variables.")
+    return model.scope
+
+
 def _variables(model: nn.Module) -> dict[str, Any]:
     """The module's own variables, unboxed, as nested dicts that are nobody else's."""
-    return {c: flax_util.unbox(_plain(model.scope._collection(c))) for c in model.scope.root._variables}
+    scope = _scope(model)
+    return {c: flax_util.unbox(_plain(scope._collection(c))) for c in scope.root._variables}
 
 
 def _params(model: nn.Module) -> Any:
-    return model.scope._collection("params")
+    return _scope(model)._collection("params")
 
 
 def _holds_quantized(model: nn.Module) -> bool:

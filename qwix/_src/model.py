@@ -24,21 +24,23 @@ def quantize_model[M: nn.Module | nnx.Module](
     """A quantized model that's used like `model`, which isn't changed.
 
     Args:
-      model: a Linen module or an NNX model. A model that was converted before is converted from its original class.
+      model: a Linen module or an NNX model. A model that was converted before is converted from its
+        original class.
       provider: what to do; rules alone mean `PtqProvider(rules)`.
-      *model_inputs: for NNX, sample inputs of the methods (arrays or `jax.ShapeDtypeStruct`s): the model is run on
-        them abstractly to see which op eats which param, in what layout. Without any, the layers that Flax itself
-        defines are quantized. Static scales need inputs with values, and a run.
+      *model_inputs: for NNX, sample inputs of the methods (arrays or `jax.ShapeDtypeStruct`s): the model is
+        run on them abstractly to see which op eats which param, in what layout. Without any, the layers
+        that Flax itself defines are quantized. Static scales need inputs with values, and a run.
       methods: which methods run quantized. All get the sample inputs.
-      **model_inputs_kwargs: the same. `skip_nnx_init=True` does without the run; `rngs`, unless the model's method
-        takes it itself, are an nnx.Rngs for the provider.
+      **model_inputs_kwargs: the same. `skip_nnx_init=True` does without the run; `rngs`, unless the model's
+        method takes it itself, are an nnx.Rngs for the provider.
 
     Returns:
-      Linen: a module whose `init` returns quantized params; see `quantize_params` for existing ones. NNX: a model
-      with quantized params; arrays that stay float are shared with `model`, not copied.
+      Linen: a module whose `init` returns quantized params; see `quantize_params` for existing ones. NNX: a
+      model with quantized params; arrays that stay float are shared with `model`, not copied.
 
     Raises:
-      ValueError: inputs for a Linen module, a method that isn't there, a tile that doesn't divide a weight, ...
+      ValueError: inputs for a Linen module, a method that isn't there, a tile that doesn't divide a weight,
+        ...
       TypeError: not a model, or not a provider.
 
     >>> import jax, jax.numpy as jnp, qwix

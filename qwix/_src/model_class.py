@@ -1,4 +1,5 @@
-"""The class of a converted model: a subclass of the model's own, of the same name, whose methods run quantized.
+"""The class of a converted model: a subclass of the model's own, of the same name, whose methods run
+quantized.
 
 Its instances can be pickled: they remember how their class is made.
 """

@@ -1,7 +1,7 @@
 """Finding the weights of a model: every param that an op eats, and how it must be quantized for that op.
 
-The model runs once, abstractly (nothing is computed), with its params as tracers that remember where they come
-from. No array is made or copied.
+The model runs once, abstractly (nothing is computed), with its params as tracers that remember where
+they come from. No array is made or copied.
 """
 
 from __future__ import annotations
@@ -74,17 +74,19 @@ class Discovery:
         self.provider.records.setdefault((plan.path, plan.op_id), record)
 
     def _add(self, plan: OpPlan, weight: WeightTracer) -> tuple[OpPlan, qarray.HowToQuantize | None]:
-        """Settles how the weight is quantized; the first op that eats it decides, and others must do with that."""
-        shape = weight.view[0].old if weight.view else tuple(weight.shape)
+        """Settles how the weight is quantized; the first op that eats it decides, and others must do with
+        that.
+        """
+        shape = weight.steps[0].old if weight.steps else tuple(weight.shape)
         try:
-            how = weight_view.to_param(plan.weight_how, weight.view, weight.shape)
+            how = weight_view.to_param(plan.weight_how, weight.steps, weight.shape)
         except ValueError as error:
             return plan.keep_float(f"the weight's scales can't follow it here: {error}"), None
         key = (*(weight.info.path or ()), weight.info.name)
         found = self.found.get(key)
         if found is None:
             info = dataclasses.replace(weight.info, rule=plan.rule)
-            found = self.found[key] = Found(info, how, [], weight_view.lifted(weight.view))
+            found = self.found[key] = Found(info, how, [], weight_view.lifted(weight.steps))
         elif weight_view.runs_of(found.how, shape) != weight_view.runs_of(how, shape):
             return plan.keep_float(
                 "the weight is quantized for another op, with scales that don't suit this one"
@@ -102,7 +104,7 @@ def make_record(
     weight = None if plan.weight_side is None else args[plan.weight_side]
     facts: dict[str, Any] = {}
     if weight is not None:
-        shape = weight.view[0].old if weight.view else tuple(weight.shape)
+        shape = weight.steps[0].old if weight.steps else tuple(weight.shape)
         dtype = weight.payload.dtype
         abstract = jax.ShapeDtypeStruct(shape, dtype)
         before = after = device_bytes(abstract)

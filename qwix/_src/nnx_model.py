@@ -1,8 +1,8 @@
 """Converting NNX models, and calling them.
 
-The new model is a merge of the old one's graph and state: new objects that hold the same arrays, so nothing is
-cloned. Weights are then quantized one at a time; until all are, nobody has a reference to the new model, so an
-error leaves nothing half-changed.
+The new model is a merge of the old one's graph and state: new objects that hold the same arrays, so nothing
+is cloned. Weights are then quantized one at a time; until all are, nobody has a reference to the new model,
+so an error leaves nothing half-changed.
 """
 
 from __future__ import annotations
@@ -78,12 +78,16 @@ class Slot:
     value: Any
 
 
+def _keys(path: Sequence[Any]) -> tuple[str | int, ...]:
+    return tuple(part if isinstance(part, int) else str(part) for part in path)
+
+
 def slots(model: nnx.Module) -> Iterator[Slot]:
     """All places of params, WithAux ones included; a shared param has several."""
     for path, module in nnx.iter_modules(model):
         for name, value in vars(module).items():
             if isinstance(value, nnx.Param | WithAux):
-                yield Slot(module, tuple(path), str(name), value)
+                yield Slot(module, _keys(path), str(name), value)
 
 
 def _caller(methods: Sequence[str]) -> Callable[..., None]:
@@ -99,8 +103,11 @@ def _warn_of_others(
 ) -> None:
     """Names the matrices that a rule may mean but whose ops nobody has seen."""
     seen = {path for path, _ in provider.records}
+    known = {id(slot.value) for slot in slots(model) if (*slot.path, slot.name) in found}
     others = []
     for slot in slots(model):
+        if id(slot.value) in known:
+            continue
         path = "/".join(map(str, slot.path))
         raw = slot.value.get_raw_value() if isinstance(slot.value, nnx.Param) else None
         if path not in seen and len(getattr(raw, "shape", ())) > 1 and provider.may_match(path):
@@ -108,8 +115,8 @@ def _warn_of_others(
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         warnings.warn(
-            f"These params stay float, because only Flax's own layers are known without sample inputs: {shown}. "
-            "Call quantize_model(model, provider, *sample_inputs).",
+            f"These params stay float, because only Flax's own layers are known without sample inputs: "
+            f"{shown}. Call quantize_model(model, provider, *sample_inputs).",
             stacklevel=4,
         )
 

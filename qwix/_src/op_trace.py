@@ -1,18 +1,19 @@
 """Seeing every op of a model, and which of them eat weights, without patching a single JAX function.
 
 While a model runs under `OpTrace`, the primitives that it binds come here first. A weight travels through the
-model as a `WeightTracer`: to the model's code it's an ordinary float array, so `x @ w`, `w.T`, `jnp.take(w, i)`
-or a library's helper all work; to this module it's a payload (a QArray, or a float array) and the `view` that
-leads from the stored param to it. Ops that only move a weight (transpose, reshape, cast, slice) stay a weight,
-ops that contract or look it up go to the handler, and any other op gets the float value.
+model as a `WeightTracer`: to the model's code it's an ordinary float array, so `x @ w`, `w.T`, `jnp.take(w,
+i)` or a library's helper all work; to this module it's a payload (a QArray, or a float array) and the
+`view` that leads from the stored param to it. Ops that only move a weight (transpose, reshape, cast, slice)
+stay a weight, ops that contract or look it up go to the handler, and any other op gets the float value.
 
 Invariants
-- Programs inside the model (jit, scan, cond, while, remat) are traced by JAX as float programs and then evaluated
-  here op by op. So JAX's caches only ever hold float programs, and a quantized run can't poison a float one.
-- Values that aren't weights are those of the parent trace. Flax therefore sees one trace level, and eager code
-  still gets concrete arrays.
-- Kernels (`pallas_call`, `pl.kernel`), `shard_map` and functions with custom derivatives are one op each: what's
-  inside them isn't looked at.
+- Programs inside the model (jit, scan, cond, while, remat) are traced by JAX as float programs and then
+  evaluated here op by op. So JAX's caches only ever hold float programs, and a quantized run can't poison a
+  float one.
+- Values that aren't weights are those of the parent trace. Flax therefore sees one trace level, and eager
+  code still gets concrete arrays.
+- Kernels (`pallas_call`, `pl.kernel`), `shard_map` and functions with custom derivatives are one op each:
+  what's inside them isn't looked at.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class OpTrace(jcore.Trace):
         super().__init__()
         self.parent = parent
         self.handler = handler
-        # Flax compares these references to forbid mutation across trace levels, and this isn't a level of its own.
+        # Flax compares these references to forbid mutation across trace levels, and this isn't a level of
+        # its own.
         self._weakref = parent._weakref
         self.requires_low = parent.requires_low
 

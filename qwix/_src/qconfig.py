@@ -39,8 +39,8 @@ class QuantizationRule:
       op_names: names of ops, e.g. ('dot_general', 'einsum', 'take'); empty means all.
       weight_qtype: format of the weights; None leaves them float.
       act_qtype: format of the activations; None leaves them float.
-      tile_size: values that share a scale along the contracted axis: a count, or as a float the fraction of the
-        axis; or {axis: size}. None means the whole axis.
+      tile_size: values that share a scale along the contracted axis: a count, or as a float the fraction of
+        the axis; or {axis: size}. None means the whole axis.
       act_static_scale: use one scale, found by calibration, instead of one for each input.
       weight_calibration_method: see `HowToQuantize.calibration_method`.
       act_calibration_method: the same for activations; None means 'absmax'.
@@ -174,8 +174,8 @@ def get_current_rule(op_name: str) -> QuantizationRule | None:
 class QuantizationProvider:
     """Carries out rules on a model; `qwix.quantize_model` asks it what to do.
 
-    Subclasses say which functions to replace while the model runs (`get_intercept_map`), or which ops of it to
-    handle (`op_handler`).
+    Subclasses say which functions to replace while the model runs (`get_intercept_map`), or which ops of it
+    to handle (`op_handler`).
 
     Attributes:
       records: {(module path, op id): OpRecord}, one per op seen so far.
@@ -253,8 +253,8 @@ class QuantizationProvider:
     ) -> tuple[QuantizationRule | None, str | None]:
         """The rule for this op here, and the op's name within its module.
 
-        `repeated_call` asks again about the same op. `path` says where "here" is, when it isn't the module that
-        is running.
+        `repeated_call` asks again about the same op. `path` says where "here" is, when it isn't the module
+        that is running.
         """
         if path is None:
             path = "/".join(map(str, flax_util.get_current_module_path()))
@@ -275,7 +275,9 @@ class QuantizationProvider:
         return None
 
     def note_quality(self, keys: Sequence[tuple[str, str]], sqnr_db: float | None) -> None:
-        """Adds a weight's SQNR to the records of the ops that eat it; None (there are no values) adds nothing."""
+        """Adds a weight's SQNR to the records of the ops that eat it; None (there are no values) adds
+        nothing.
+        """
         for key in keys if sqnr_db is not None else ():
             self.records[key] = dataclasses.replace(self.records[key], sqnr_db=sqnr_db)
 

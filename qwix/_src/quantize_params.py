@@ -78,7 +78,7 @@ def _templates(tree: Any) -> Iterator[tuple[str, Any]]:
         for path, module in nnx.iter_modules(tree):
             for name, value in vars(module).items():
                 if isinstance(value, WithAux | nnx.Variable):
-                    yield _text((*path, name)), flax_util.unbox(value)
+                    yield _text((*map(str, path), name)), flax_util.unbox(value)
     else:
         tree = flax_util.unbox(tree)
         for path, value in traverse_util.flatten_dict(
@@ -94,8 +94,8 @@ def _leaves(params: Any) -> dict[Path, Any]:
     for path, value in flat.items():
         if not isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
             raise TypeError(
-                f"params is not a pure dict of jax.Array: {_text(path)!r} is a {type(value).__name__}. Unbox params "
-                "with flax.linen.meta.unbox, or take nnx.to_pure_dict(nnx.state(model, nnx.Param))."
+                f"params is not a pure dict of jax.Array: {_text(path)!r} is a {type(value).__name__}. "
+                "Unbox params with flax.linen.meta.unbox, or take nnx.to_pure_dict(nnx.state(model))."
             )
     return flat
 

@@ -1,4 +1,5 @@
-"""Calling each of Flax's own NNX layers by itself, with a made-up input: enough to see what it does with its weight.
+"""Calling each of Flax's own NNX layers by itself, with a made-up input: enough to see what it does with
+its weight.
 
 That's how a model is converted without sample inputs. Layers that a user wrote aren't known here.
 """

@@ -83,8 +83,9 @@ class StaticScales:
             return _array(scale), None if zero_point is None else _array(zero_point)
         if self.write is None:
             raise ValueError(
-                f"The model has no {name}_scale in {path!r}. Static scales are found while the model is converted: "
-                "quantize_model with sample inputs (NNX), or init and quantize_params with quant_stats (Linen)."
+                f"The model has no {name}_scale in {path!r}. Static scales are found while the model "
+                "is converted: by quantize_model with sample inputs (NNX), or by init and by quantize_params "
+                "with quant_stats (Linen)."
             )
         stat = self.stats(path, name)
         params = make() if stat is None else from_quant_stat(stat, how, f"{path}/{name}")

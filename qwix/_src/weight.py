@@ -1,8 +1,9 @@
 """A weight on its way through a model: a float array to the model's code, a payload and its history to us.
 
-`tag` marks an array as a weight. Under an `OpTrace` the mark becomes a `WeightTracer` at once; inside any other
-JAX transformation (the body of a scan, a jit, a vmap) it's staged as the primitive `tag_p` and becomes one when
-that program is evaluated under an `OpTrace`. Outside of both it's simply the dequantized array.
+`tag` marks an array as a weight. Under an `OpTrace` the mark becomes a `WeightTracer` at once; inside any
+other JAX transformation (the body of a scan, a jit, a vmap) it's staged as the primitive `tag_p` and
+becomes one when that program is evaluated under an `OpTrace`. Outside of both it's simply the dequantized
+array.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ class Step:
 class WeightTracer(jcore.Tracer):
     """A weight inside an `OpTrace`. Its payload is a QArray or a float array of the parent trace."""
 
-    __slots__ = ("_value", "info", "payload", "view")
+    __slots__ = ("_value", "info", "payload", "steps")
 
-    def __init__(self, trace: Any, aval: Any, payload: Any, info: WeightInfo, view: tuple[Step, ...] = ()):
+    def __init__(self, trace: Any, aval: Any, payload: Any, info: WeightInfo, steps: tuple[Step, ...] = ()):
         super().__init__(trace, aval)
         self.payload = payload
         self.info = info
-        self.view = view  # from the stored param to this
+        self.steps = steps  # from the stored param to this
         self._value: Any = None
 
     @property
@@ -79,13 +80,13 @@ class WeightTracer(jcore.Tracer):
         return self._value
 
     def moved_to(self, trace: Any) -> WeightTracer:
-        return WeightTracer(trace, self.aval, self.payload, self.info, self.view)
+        return WeightTracer(trace, self.aval, self.payload, self.info, self.steps)
 
     def moved(self, payload: Any, step: Step | None = None, dtype: Any = None) -> WeightTracer:
         """The weight after a step, or with another dtype."""
         shape = self.aval.shape if step is None else step.new
         aval = jcore.ShapedArray(tuple(shape), dtype or self.aval.dtype)
-        return WeightTracer(self._trace, aval, payload, self.info, self.view + ((step,) if step else ()))
+        return WeightTracer(self._trace, aval, payload, self.info, self.steps + ((step,) if step else ()))
 
     def scanned(self) -> Any:
         """Ready to be cut along axis 0: itself, or the float array when its scales can't be cut."""
@@ -98,7 +99,7 @@ class WeightTracer(jcore.Tracer):
         return self.moved(None, Step("index", shape, shape[1:], (0,)))
 
     def with_payload(self, payload: Any) -> WeightTracer:
-        return WeightTracer(self._trace, self.aval, payload, self.info, self.view)
+        return WeightTracer(self._trace, self.aval, payload, self.info, self.steps)
 
 
 def dense(payload: Any, dtype: Any) -> jax.Array:
@@ -144,9 +145,9 @@ def _abstract_eval(*avals: Any, treedef: Any, info: WeightInfo) -> jcore.ShapedA
 
 
 def _batch(args: Sequence[Any], dims: Sequence[Any], *, treedef: Any, info: WeightInfo) -> tuple[Any, int]:
-    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not batching.not_mapped)
+    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
     moved = [
-        jnp.broadcast_to(a, (size, *a.shape)) if d is batching.not_mapped else jnp.moveaxis(a, d, 0)
+        jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
         for a, d in zip(args, dims, strict=True)
     ]
     return tag_p.bind(*moved, treedef=treedef, info=info), 0

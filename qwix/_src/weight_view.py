@@ -1,8 +1,8 @@
 """Moves of a weight that leave it a weight, and the way back from a moved weight to the stored param.
 
-Scales belong to the stored param, but what they must look like is decided where the weight is eaten, which may be
-after `w.T`, `w.reshape(...)`, a cast, or one step of a scan over stacked layers. `to_param` carries the wish back:
-for each axis, how many neighbours share a scale (its "run").
+Scales belong to the stored param, but what they must look like is decided where the weight is eaten, which
+may be after `w.T`, `w.reshape(...)`, a cast, or one step of a scan over stacked layers. `to_param` carries
+the wish back: for each axis, how many neighbours share a scale (its "run").
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """WithAux: what a converted model holds in the place of a param.
 
-Inside a call of the quantized model it stands for the float weight (as a tracer that the ops of the model know,
-see op_trace); anywhere else a jnp function gets the dequantized array.
+Inside a call of the quantized model it stands for the float weight (as a tracer that the ops of the model
+know, see op_trace); anywhere else a jnp function gets the dequantized array.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ class WithAux[T]:
         return self.value
 
     def __getattr__(self, name: str) -> Any:
+        if hasattr(type(self), name):  # a property of ours failed: show its own error
+            return object.__getattribute__(self, name)
         # `T`, `reshape`, `sum` and the like: those of an array.
         if name.startswith("_") or not hasattr(jax.Array, name):
             raise AttributeError(f"'WithAux' object has no attribute {name!r}")

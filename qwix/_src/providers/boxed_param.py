@@ -1,8 +1,8 @@
-"""The base of the providers that hold quantized weights: ops get the stored QArrays, and activations are quantized
-on the way.
+"""The base of the providers that hold quantized weights: ops get the stored QArrays, and activations are
+quantized on the way.
 
-An op is decided about in op_plan; here it's carried out. Float results of an op have the dtype that the float op
-would have.
+An op is decided about in op_plan; here it's carried out. Float results of an op have the dtype that the
+float op would have.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         return {"jax.numpy.einsum": _named_einsum}
 
     def op_handler(self, scales: StaticScales, *, strict: bool) -> Executor:
-        """What carries out the ops of one call. `strict`: a float weight where a quantized one belongs is an error."""
+        """What carries out the ops of one call. `strict`: a float weight where a quantized one belongs is
+        an error.
+        """
         return Executor(self, scales, strict=strict)
 
 
@@ -113,9 +115,10 @@ class Executor:
             return plan
         if self.strict:
             raise ValueError(
-                f"It seems you're feeding an unquantized param to a quantized model: {weight.info.full_path!r} is "
-                f"{weight.payload.dtype}{list(weight.payload.shape)}. Quantize the params first: qwix.quantize_params("
-                "params, jax.eval_shape(quantized_model.init, rng, *inputs)['params'])."
+                "It seems you're feeding an unquantized param to a quantized model: "
+                f"{weight.info.full_path!r} is {weight.payload.dtype}{list(weight.payload.shape)}. Quantize "
+                "the params first: qwix.quantize_params(params, "
+                "jax.eval_shape(quantized_model.init, rng, *inputs)['params'])."
             )
         return plan.keep_float("the weight was not found at conversion; give quantize_model sample inputs")
 
@@ -128,7 +131,9 @@ class Executor:
     def _operands(
         self, plan: OpPlan, args: Sequence[Any], *, fuse: bool
     ) -> tuple[list[Any], qarray.HowToQuantize | None]:
-        """Both sides as the op gets them, and how the kernel must quantize the activation, if it's left to it."""
+        """Both sides as the op gets them, and how the kernel must quantize the activation, if it's left to
+        it.
+        """
         operands: list[Any] = [a.payload if isinstance(a, WeightTracer) else a for a in args[:2]]
         act_how = None
         for side, how in enumerate(plan.act_hows):
@@ -144,7 +149,9 @@ class Executor:
         return operands, act_how
 
     def _dot(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> jax.Array:
-        """A dot in the parent trace. A weight goes to the right side, which is the one that kernels want it on."""
+        """A dot in the parent trace. A weight goes to the right side, which is the one that kernels want it
+        on.
+        """
         operands, act_how = self._operands(plan, args, fuse=True)
         dnums, sharding, back = params["dimension_numbers"], params.get("out_sharding"), None
         if plan.weight_side == 0 and sharding is None:
@@ -216,6 +223,7 @@ def create_quantized_param(
     """
     raw = flax_util.unbox(value)
     try:
+        qarray.check_finite(raw, f"The weight {name!r}")
         quantized = _qarray_module.quantize(raw, how)
     except ValueError as error:
         raise ValueError(

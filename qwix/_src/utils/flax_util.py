@@ -1,7 +1,7 @@
 """What the two module systems of Flax have in common, for code that must work in both.
 
-"The current module" of linen is the top of its module stack; of NNX, it's found by the frames of the Python stack:
-the innermost function whose first argument (whatever its name) is an nnx.Module.
+"The current module" of linen is the top of its module stack; of NNX, it's found by the frames of the Python
+stack: the innermost function whose first argument (whatever its name) is an nnx.Module.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def get_current_module() -> nn.Module | nnx.Module:
 def get_current_module_path() -> Path:
     """Its path from the root, e.g. ('layers', 0, 'mlp'); () for the root.
 
-    A copy of an NNX module that a transformation made inside the model has no path of its own: the path is then
-    that of the module around it.
+    A copy of an NNX module that a transformation made inside the model has no path of its own: the path is
+    then that of the module around it.
     """
     if (linen := _linen_module()) is not None:
         return from_linen_root(linen.path)
@@ -104,7 +104,9 @@ def get_current_module_path() -> Path:
 
 
 def should_update_quant_stats() -> bool:
-    """Whether statistics may change now: linen, 'quant_stats' is mutable and it isn't init; NNX, not disabled."""
+    """Whether statistics may change now: linen, 'quant_stats' is mutable and it isn't init; NNX, not
+    disabled.
+    """
     module = get_current_module()
     if isinstance(module, nn.Module):
         return not module.is_initializing() and module.is_mutable_collection("quant_stats")
@@ -152,7 +154,9 @@ def get_or_create_param(
     nnx_param_type: type[nnx.Variable] = nnx.Param,
     need_rng: bool = False,
 ) -> Any:
-    """A param of the current module, unboxed, made by `init_fn` (of a key, if `need_rng`) if it isn't there."""
+    """A param of the current module, unboxed, made by `init_fn` (of a key, if `need_rng`) if it isn't
+    there.
+    """
     module = get_current_module()
     if isinstance(module, nn.Module):
         make = (lambda key: init_fn(key)) if need_rng else (lambda key: init_fn())
