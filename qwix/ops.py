@@ -107,7 +107,7 @@ def qdot_general(
             qtype=act_qtype,
             calibration_method=act_calibration_method,
         )
-    if side == 1:
+    if side == 1 and act_how is not None:
         rhs, act_how = _qarray.quantize(jnp.asarray(rhs), act_how), None
     return _dot.dot_general(
         lhs,
@@ -237,7 +237,7 @@ def _einsum_act(subscripts: str, operands: Sequence[Any], **act: Any) -> HowToQu
         raise ValueError(f"act_qtype needs two operands, but {subscripts!r} has {len(operands)}.")
     return _einsum.get_how_to_quantize(
         einsum_str=subscripts,
-        ndims=tuple(len(x.shape) for x in operands),
+        ndims=(len(operands[0].shape), len(operands[1].shape)),
         for_lhs=_float_side(*operands) == 0,
         **act,
     )

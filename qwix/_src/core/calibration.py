@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ class HowToQuantize:
     True
     """
 
-    qtype: DTypeLike | str
+    qtype: Any  # any spelling; canonical once it is made
     channelwise_axes: Collection[int] = ()
     tiled_axes: Mapping[int, int | float] = dataclasses.field(default_factory=dict)
     calibration_method: str = "absmax"

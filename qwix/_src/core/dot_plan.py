@@ -154,7 +154,7 @@ def _no_kernel(lhs: Operand, rhs: Operand, precision: Any, out_sharding: Any) ->
 
 
 def _stored_dtype(x: Operand) -> np.dtype:
-    return jnp.dtype(x.qvalue.dtype if _is_quantized(x) else x.dtype)
+    return jnp.dtype(x.qvalue.dtype if isinstance(x, qarray.QArray | TransposedQArray) else x.dtype)
 
 
 def _typed(x: Operand) -> Any:

@@ -117,7 +117,7 @@ def einsum(
         x = _step(info, operands[i], operands[j], _qwix_dot_general, kwargs)
         operands = [y for n, y in enumerate(operands) if n not in (i, j)] + [x]
         terms = [*rest, step_out]
-    return operands[0]
+    return _float(operands[0])
 
 
 def _check_sizes(terms: Sequence[str], operands: Sequence[Operand]) -> None:
@@ -148,7 +148,7 @@ def _simplify(
     if kept == term or len(terms) == 1:
         return term, x
     if act_how is not None:
-        x = qarray.quantize(x, act_how)
+        x = qarray.quantize(_float(x), act_how)
     if set(term) - set(kept) <= dropped and len(set(term)) == len(term):
         x = x.to_qarray() if isinstance(x, TransposedQArray) else x
         return kept, x.reshape(tuple(n for c, n in zip(term, x.shape, strict=True) if c in kept))
@@ -172,7 +172,7 @@ def _next_pair(terms: Sequence[str], out: str, operands: Sequence[Operand], opti
     path, _ = opt_einsum.contract_path(
         f"{','.join(terms)}->{out}", *shapes, shapes=True, optimize=True if optimize is False else optimize
     )
-    pair = sorted(path[0])
+    pair = sorted(next(iter(path)))
     return (pair[0], pair[1]) if len(pair) > 1 else (0, 1)
 
 

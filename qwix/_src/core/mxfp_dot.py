@@ -45,6 +45,8 @@ def mxfp_dot_general(
     preferred_element_type: DTypeLike | None = None,
 ) -> jax.Array | None:
     """The dot by `jax.nn.scaled_matmul`, or None where it doesn't take the operands (see `can_use`)."""
+    if not (isinstance(lhs, qarray.QArray) and isinstance(rhs, qarray.QArray)):
+        return None
     if not can_use(lhs, rhs, dimension_numbers):
         return None
     _, result = qarray.get_accumulator_and_result_type(

@@ -80,13 +80,14 @@ def canonical_qtype(qtype: DTypeLike | str) -> QType:
         if qtype in NATIVE:
             return jnp.dtype(qtype)
         raise ValueError(f"Cannot use {qtype!r} as qtype.{_did_you_mean(qtype)}")
-    dtype = None if qtype is None else jnp.dtype(qtype)
-    if dtype == jnp.int1:
+    if qtype is None:
+        raise ValueError(f"Cannot use None as qtype.{_did_you_mean('None')}")
+    dtype = jnp.dtype(qtype)
+    if dtype.name == "int1":
         return "int1"
-    if dtype == jnp.int2 or (dtype is not None and dtype.name in NATIVE):
+    if dtype.name == "int2" or dtype.name in NATIVE:
         return dtype
-    name = dtype.name if dtype is not None else "None"
-    raise ValueError(f"Cannot use {name} as qtype.{_did_you_mean(name)}")
+    raise ValueError(f"Cannot use {dtype.name} as qtype.{_did_you_mean(dtype.name)}")
 
 
 def _did_you_mean(name: str) -> str:

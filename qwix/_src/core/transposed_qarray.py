@@ -218,7 +218,9 @@ def _canonical_side(dimension_numbers: DotDimensionNumbers, ndim: int, side: Sid
     """Counts this side's axes from the front; the other's are only paired with them."""
     contracting, batch = dimension_numbers
     mine = 0 if side == "lhs" else 1
-    fix = lambda pair: tuple(
-        layout.canonical_axes(tuple(axes), ndim) if n == mine else tuple(axes) for n, axes in enumerate(pair)
-    )
+
+    def fix(pair: tuple[Sequence[int], Sequence[int]]) -> tuple[Sequence[int], Sequence[int]]:
+        fixed = layout.canonical_axes(tuple(pair[mine]), ndim)
+        return (fixed, pair[1]) if mine == 0 else (pair[0], fixed)
+
     return fix(contracting), fix(batch)
