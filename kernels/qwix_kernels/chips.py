@@ -103,8 +103,9 @@ _GPU_NATIVE = (
 
 
 def _tpu(name, cores, ghz, chip_hbm, vmem, mxu, bf16, int8, fp8, int4, native, kinds) -> Chip:
-    per_core = (rate / cores for rate in (bf16, int8, fp8, int4))
-    return Chip(name, "tpu", cores, ghz, chip_hbm / cores, vmem, MiB, mxu, *per_core, native, kinds)
+    bf16, int8, fp8, int4 = (rate / cores for rate in (bf16, int8, fp8, int4))
+    hbm = chip_hbm / cores
+    return Chip(name, "tpu", cores, ghz, hbm, vmem, MiB, mxu, bf16, int8, fp8, int4, native, kinds)
 
 
 _CPU_NATIVE = ((_WIDE, _WIDE), (_INT8, _INT8))

@@ -96,7 +96,7 @@ def _operand(x: Tensor, side: str, free: int, contracting: int) -> Operand:
     if not jnp.issubdtype(x.scale.dtype, jnp.floating):
         raise TypeError(f"The scale of {side} must be floating, got {x.scale.dtype}.")
     if x.zero_point is not None:
-        _check_zero_point(x, side)
+        _check_zero_point(x, scale, x.zero_point, side)
     return Operand(
         dtype=dtype.name,
         batch=shape[0],
@@ -121,19 +121,19 @@ def _check_dtype(x: Tensor, side: str, dtype: jnp.dtype) -> None:
         raise TypeError(f"{side} holds indices into {x.codebook!r} and needs uint4 or wider, got {dtype}.")
 
 
-def _check_zero_point(x: Tensor, side: str) -> None:
+def _check_zero_point(x: Tensor, scale: tuple[int, ...], zero_point: jax.Array, side: str) -> None:
     if x.codebook is not None:
         raise ValueError(
             f"{side} has codebook {x.codebook!r} and a zero point; only plain values can have one."
         )
-    if tuple(x.zero_point.shape) != tuple(x.scale.shape):
+    if tuple(zero_point.shape) != scale:
         raise ValueError(
-            f"The zero point of {side} has shape {tuple(x.zero_point.shape)}, its scale "
-            f"{tuple(x.scale.shape)}; they must be equal."
+            f"The zero point of {side} has shape {tuple(zero_point.shape)}, its scale "
+            f"{scale}; they must be equal."
         )
-    if jnp.dtype(x.zero_point.dtype) != jnp.dtype(x.values.dtype):
+    if jnp.dtype(zero_point.dtype) != jnp.dtype(x.values.dtype):
         raise TypeError(
-            f"The zero point of {side} has dtype {x.zero_point.dtype}, its values {x.values.dtype}; "
+            f"The zero point of {side} has dtype {zero_point.dtype}, its values {x.values.dtype}; "
             "they must be equal."
         )
 

@@ -133,23 +133,25 @@ def _unflatten(problem: MatmulProblem, arrays: Sequence[Any]) -> tuple[Tensor, T
     """The operands from what was bound: of each side values, scale and zero point, where there are any."""
     left = [arrays[i] for i in range(1 + problem.lhs.is_quantized + problem.lhs.zero_point)]
     right = list(arrays[len(left) :])
-    return Tensor(*_pad(left), problem.lhs.codebook), Tensor(*_pad(right), problem.rhs.codebook)
+    return _tensor(left, problem.lhs), _tensor(right, problem.rhs)
 
 
-def _pad(x: list[Any]) -> list[Any]:
-    return x + [None] * (3 - len(x))
+def _tensor(arrays: list[Any], x: Operand) -> Tensor:
+    values, scale, zero_point = arrays + [None] * (3 - len(arrays))
+    return Tensor(values, scale, zero_point, x.codebook)
 
 
 # --- types
 
 
 def _abstract(*avals, problem: MatmulProblem, how: How):
-    lhs, rhs = _unflatten(problem, avals)
-    out = lhs.values.update(shape=(problem.batch, problem.m, problem.n), dtype=jnp.dtype(problem.out_dtype))
+    values: Any = [x.values for x in _unflatten(problem, avals)]
+    lhs, rhs = values
+    out = lhs.update(shape=(problem.batch, problem.m, problem.n), dtype=jnp.dtype(problem.out_dtype))
     mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), None)
     if mesh is None:
         return out
-    left, right = lhs.values.sharding.spec, rhs.values.sharding.spec
+    left, right = lhs.sharding.spec, rhs.sharding.spec
     batch = left[0] if problem.lhs.batch == problem.batch else right[0]
     spec = PartitionSpec(batch, left[1], right[1 if problem.rhs_transposed else 2])
     return out.update(sharding=NamedSharding(mesh, spec))
@@ -218,14 +220,16 @@ def _batch_into_rows(left: list[jax.Array], right, problem: MatmulProblem, how: 
 def _lower(ctx, *args, problem: MatmulProblem, how: How, platform: str | None):
     axis_context = ctx.module_context.axis_context
     devices = getattr(axis_context, "device_assignment", None)
+    mesh = getattr(axis_context, "abstract_mesh", None) or getattr(axis_context, "mesh", None)
+    device = devices[0] if devices else getattr(mesh, "abstract_device", None)
     # Platforms without a rule of their own share one lowering; all implementations they may get are portable.
     for name in (platform,) if platform else ctx.platforms or ctx.module_context.platforms:
-        chip = chips.chip_for_lowering(name, devices[0] if devices else None)
+        chip = chips.chip_for_lowering(name, device)
         impl, config = _decide(problem, how, chip, getattr(axis_context, "num_devices", 1))
     out = ctx.avals_out[0].sharding
 
     def fun(*arrays):
-        run = functools.partial(impl.run, problem, config=config, chip=chip)
+        run: Any = functools.partial(impl.run, problem, config=config, chip=chip)
         if impl.name == "xla" and _explicit_axes():
             run = jax.sharding.auto_axes(run, out_sharding=out)
         return run(*_unflatten(problem, arrays))
@@ -254,7 +258,7 @@ def _decide(problem: MatmulProblem, how: How, chip: Chip, devices: int):
 
 def _sized(x: Operand) -> Operand:
     """With stand-ins for symbolic sizes, so that it can be priced."""
-    fixed = {
+    fixed: dict[str, Any] = {
         f: v if isinstance(v := getattr(x, f), int) else _NOMINAL for f in ("batch", "free", "tile_free")
     }
     return dataclasses.replace(x, **fixed)

@@ -17,6 +17,8 @@ float32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -77,7 +79,8 @@ def quantize_rows(x: np.ndarray, how: RowQuantize) -> Tensor:
         if jnp.issubdtype(how.dtype, jnp.integer):
             scaled = np.nan_to_num(np.round(scaled), nan=0.0)
         values = np.clip(scaled, *how.limits).astype(jnp.dtype(how.dtype))
-    return Tensor(values.reshape(x.shape), scale[..., 0])
+    stored: Any = values.reshape(x.shape), scale[..., 0]
+    return Tensor(*stored)
 
 
 def error_bound(

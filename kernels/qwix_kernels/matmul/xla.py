@@ -188,7 +188,7 @@ def _sum_over_tiles(k: int, left: Side, right: Side, longest: int | None, dot) -
     tile = math.gcd(left.tile, right.tile)
     if longest and tile > longest:
         starts = [s for t in range(0, k, tile) for s in range(t, t + tile, longest)]
-        out = sum(part(s, min(longest, tile - s % tile)) for s in starts)
+        out = functools.reduce(jnp.add, [part(s, min(longest, tile - s % tile)) for s in starts])
     else:
         add = lambda i, out: out + part(i * tile, tile)
         out = part(0, tile) if tile == k else jax.lax.fori_loop(1, k // tile, add, part(0, tile))
@@ -225,10 +225,8 @@ def _unpacked_halves(right: Side) -> tuple[Side, Side] | None:
     strided = lambda a, i: a if a is None or tile > 1 else a[:, :, i::2]
     zero = right.tensor.zero_point
     zero = None if zero is None else zero.astype(byte)
-    even, odd = ((pairs << 4) >> 4, pairs >> 4)
-    return tuple(
-        right.with_arrays(x, strided(right.scale, i), strided(zero, i)) for i, x in enumerate((even, odd))
-    )
+    half = lambda x, i: right.with_arrays(x, strided(right.scale, i), strided(zero, i))
+    return half((pairs << 4) >> 4, 0), half(pairs >> 4, 1)
 
 
 # --- integers
@@ -280,8 +278,8 @@ def _float_dot(problem: MatmulProblem, left: Side, right: Side) -> jax.Array:
     accumulator = jnp.promote_types(dtype, jnp.float32)
 
     def dot(a: Side, b: Side) -> jax.Array:
-        values = (x.dequantized(dtype, scaled=False) for x in (a, b))
-        return _dot(a, b, *values, accumulator, problem.precision)
+        a_values, b_values = (x.dequantized(dtype, scaled=False) for x in (a, b))
+        return _dot(a, b, a_values, b_values, accumulator, problem.precision)
 
     if not (left.varies_along_k or right.varies_along_k):
         return _scaled(dot(left, right), left, right)
@@ -289,8 +287,8 @@ def _float_dot(problem: MatmulProblem, left: Side, right: Side) -> jax.Array:
         return _sum_over_tiles(problem.k, left, right, None, dot)
     if jnp.bfloat16 not in (left.values.dtype, right.values.dtype):
         dtype = accumulator  # scaled values are exact in bfloat16 no longer
-    values = (x.dequantized(dtype, scaled=True) for x in (left, right))
-    return _dot(left, right, *values, accumulator, problem.precision)
+    a, b = (x.dequantized(dtype, scaled=True) for x in (left, right))
+    return _dot(left, right, a, b, accumulator, problem.precision)
 
 
 def _compute_dtype(left: Side, right: Side):
