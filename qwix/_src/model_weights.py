@@ -68,8 +68,8 @@ class Discovery:
     def _note(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> None:
         weight = None if plan.weight_side is None else args[plan.weight_side]
         how = None
-        if weight is not None and plan.weight_how is not None and not weight.is_quantized:
-            plan, how = self._add(plan, weight)
+        if weight is not None and plan.weight_how is not None:
+            plan, how = (plan, plan.weight_how) if weight.is_quantized else self._add(plan, weight)
         record = make_record(plan, args, params, how)
         self.provider.records.setdefault((plan.path, plan.op_id), record)
 

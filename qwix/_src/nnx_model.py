@@ -40,7 +40,9 @@ def quantize_nnx_model(
     for method in methods:
         model_class.check_method(base, method)
     graphdef, state = nnx.split(model)
-    fresh = nnx.merge(graphdef, state)
+    # `merge` takes the variables as they are: these are new ones with the same arrays.
+    fresh = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
+    object.__setattr__(fresh, "__class__", base)
     kwargs = dict(kwargs)
     rngs = _pop_rngs(base, methods, kwargs)
     run_once = not kwargs.pop("skip_nnx_init", False) and bool(inputs or kwargs)

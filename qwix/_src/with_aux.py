@@ -74,12 +74,12 @@ class WithAux[T]:
         return tag(payload, self.info or _ANONYMOUS) if isinstance(payload, qarray.QArray) else payload
 
     def __getitem__(self, index: Any) -> Any:
-        value = self.value
-        return value if index is Ellipsis and isinstance(value, jax.Array) else value[index]
+        value = self.__jax_array__()
+        return value if index is Ellipsis else value[index]
 
-    def get_value(self) -> Any:
-        """As of an nnx.Variable."""
-        return self.value
+    def get_value(self) -> jax.Array:
+        """The float weight, as of an nnx.Param."""
+        return self.__jax_array__()
 
     def __getattr__(self, name: str) -> Any:
         if hasattr(type(self), name):  # a property of ours failed: show its own error
