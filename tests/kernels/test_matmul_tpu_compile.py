@@ -68,8 +68,8 @@ SCHEMES = {
 
 @pytest.mark.parametrize("chip", CHIP_NAMES)
 @pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.parametrize("m", [16, 256])
-def test_schemes(chip, name, m):
+def test_schemes(chip, name):
+    m = {"v5e": 16, "v5p": 16, "v6e": 256, "v7x": 128}[chip]
     text = compiled(chip, *weights(SCHEMES[name], m))
     assert text.count('custom_call_target="tpu_custom_call"') == 1
     # The weight goes in as it lies in memory.
@@ -83,9 +83,9 @@ def test_transposed_weights(chip, name):
     assert text.count('custom_call_target="tpu_custom_call"') == 1
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v6e", "v7x"])
-@pytest.mark.parametrize("shape", [(1, 300, 1), (7, 127, 131), (33, 1, 17), (5, 4100, 129)])
-@pytest.mark.parametrize("name", ["w8a8", "w4a8", "w8a16", "wf8af8", "wnf4a8"])
+@pytest.mark.parametrize("chip", ["v5e", "v7x"])
+@pytest.mark.parametrize("shape", [(1, 300, 1), (67, 127, 131), (33, 1, 17), (5, 1100, 129)])
+@pytest.mark.parametrize("name", ["w8a8", "w4a4", "w8a16", "wf8af8", "wnf4a8"])
 def test_odd_shapes(chip, shape, name):
     m, k, n = shape
     compiled(chip, *weights(SCHEMES[name], m, k, n))

@@ -128,17 +128,15 @@ def test_strategies_and_several_blocks(strategy, rows):
     ("lhs", "rhs"),
     [("int8", "int8"), ("int8", "int4"), ("int4", "int4"), ("uint8", "int8"), ("uint4", "int8")],
 )
-@pytest.mark.parametrize("transposed", [False, True])
-def test_integer_accumulators_are_exact(chip, lhs, rhs, transposed):
-    """All at their extremes over a K at which a float32 sum of products would round."""
+def test_integer_accumulators_are_exact(chip, lhs, rhs):
+    """One row and one column at their extremes, where a float32 sum over so long a K would round."""
     rng = np.random.default_rng(3)
     m, k, n = 5, 2111, 7
-    left, right = tensor(rng, lhs, (1, m, k)), tensor(rng, rhs, (1, n, k) if transposed else (1, k, n))
-    extreme = lambda x: jnp.full_like(
-        x.values, jnp.iinfo(x.values.dtype).min or jnp.iinfo(x.values.dtype).max
-    )
-    left = Tensor(left.values.at[:, 0].set(extreme(left)[:, 0]))
-    right = Tensor(extreme(right) if n == 1 else right.values)
+    transposed = chip == "v5p"
+    worst = lambda dtype, shape: jnp.full(shape, jnp.iinfo(dtype).min or jnp.iinfo(dtype).max, dtype)
+    left = Tensor(stored(rng, lhs, (1, m, k)).at[:, 0].set(worst(lhs, (k,))))
+    values = stored(rng, rhs, (1, n, k)).at[:, 0].set(worst(rhs, (k,)))
+    right = Tensor(values if transposed else jnp.swapaxes(values, 1, 2))
     assert_right(problem_of(left, right, rhs_transposed=transposed), left, right, chip)
 
 
@@ -181,8 +179,7 @@ def test_k_tail_with_tiles(strategy):
 
 
 @pytest.mark.parametrize("sides", ["lhs", "rhs", "both"])
-@pytest.mark.parametrize("chip", ["v5e", "v7x"])
-@pytest.mark.parametrize("tile", [256, 128, 64])
+@pytest.mark.parametrize(("chip", "tile"), [("v5e", 256), ("v7x", 128), ("v5e", 64)])
 def test_zero_points(sides, chip, tile):
     rng = np.random.default_rng(7)
     lhs = tensor(rng, "int8", (1, 9, 256), (1, tile), zero_point=sides != "rhs")
@@ -244,10 +241,11 @@ def test_zero_nan_and_tiny_rows(tile, act):
     )
     x = lhs.values.at[0, 0].set(0).at[0, 1, 3].set(jnp.nan).at[0, 2].set(1e-30).at[0, 3, 7].set(jnp.inf)
     got = np.asarray(run(problem, Tensor(x), rhs, "v6e")).astype(np.float64)
-    want = reference.run(problem, Tensor(x), rhs)
+    with np.errstate(invalid="ignore"):  # infinity times zero, on purpose
+        want = reference.run(problem, Tensor(x), rhs)
+        allowed = reference.error_bound(problem, Tensor(x), rhs, multiplied="bfloat16")
     finite = [0, 2, 4, 5, 6, 7]
     assert np.isnan(got[0, [1, 3]]).all()
-    allowed = reference.error_bound(problem, Tensor(x), rhs, multiplied="bfloat16")
     assert (np.abs(got - want) <= allowed)[0, finite].all()
 
 

@@ -128,7 +128,7 @@ def _candidates(p: MatmulProblem, whole_k: bool) -> Iterator[Config]:
 
 
 def _row_blocks(m: int) -> list[int]:
-    unit = 8 if m <= 32 else 32
+    unit = 8 if m <= 32 else 64
     return sorted({min(size, pl_cdiv(m, unit) * unit) for size in (1024, 512, 256, 128, 64, 32, 8)})
 
 

@@ -29,9 +29,6 @@ from jax.experimental import pallas as pl
 from qwix_kernels.matmul import tpu_values as values
 from qwix_kernels.matmul.tpu_plan import LANES, Plan
 
-# Rows rewritten at a time: one native tile of 8-bit values.
-ROW_STEP = 32
-
 
 def kernel(plan: Plan, emulate: bool, names: tuple[str, ...], *refs: Any) -> None:
     """One grid step. `names` says which refs there are: see `tpu.run`."""
@@ -81,13 +78,13 @@ def _rows_step(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, ro
 
 def _prepare_lhs(plan: Plan, r: dict[str, Any], step: jax.Array) -> None:
     rewrite = _convert_rows if plan.problem.quantize_lhs is None else _quantize_rows
-    if plan.block_m <= ROW_STEP:
+    if plan.block_m <= plan.row_step:
         rewrite(plan, r, step, slice(0, plan.block_m))
         return
 
-    @pl.loop(0, plan.block_m // ROW_STEP)
+    @pl.loop(0, plan.block_m // plan.row_step)
     def _(i):
-        rewrite(plan, r, step, pl.ds(pl.multiple_of(i * ROW_STEP, ROW_STEP), ROW_STEP))
+        rewrite(plan, r, step, pl.ds(pl.multiple_of(i * plan.row_step, plan.row_step), plan.row_step))
 
 
 def _convert_rows(plan: Plan, r: dict[str, Any], step: jax.Array, at: Any) -> None:

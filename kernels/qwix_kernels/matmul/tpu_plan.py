@@ -102,6 +102,11 @@ class Plan:
         return self.strategy == "before" and self.rhs_tile > 0
 
     @property
+    def row_step(self) -> int:
+        """Rows rewritten at a time: a native tile of what they become, at most that of 4-bit values."""
+        return row_step(self.lhs_dot)
+
+    @property
     def sub_m(self) -> int:
         """Rows whose running sum stays in registers while the tiles of K go by."""
         return SUB_M if self.strategy == "after" and self.block_m % SUB_M == 0 else self.block_m
@@ -126,6 +131,10 @@ class Plan:
 
     def rhs_tiles(self, block: int | None = None) -> int:
         return (block or self.block_k) // self.rhs_tile if self.rhs_tile else 1
+
+
+def row_step(dtype: str) -> int:
+    return 64 if dtype == "int4" else 32
 
 
 def pl_cdiv(a: int, b: int) -> int:
@@ -203,8 +212,8 @@ def resolve(problem: MatmulProblem, chip: Chip, config: Config) -> Plan:
             f"strategy {config.strategy!r} with K tiles {tiles}: 'once' is for problems without them, "
             f"'after' and 'before' for those with"
         )
-    _check_blocks(p, config, tiles)
     lhs_dot, rhs_dot = dot_dtypes(p, chip, config.strategy)
+    _check_blocks(p, config, tiles, row_step(lhs_dot))
     chunk = min(config.block_k, _exact_chunk(p, lhs_dot))
     if config.strategy == "after":
         chunk = _after_chunk(p, tiles, chunk)
@@ -250,9 +259,9 @@ def _after_chunk(p: MatmulProblem, tiles: list[int], exact: int) -> int:
     return small if small <= exact else math.gcd(small, exact)
 
 
-def _check_blocks(p: MatmulProblem, config: Config, tiles: list[int]) -> None:
-    if config.block_m % 8 or (config.block_m > 32 and config.block_m % 32):
-        raise NotImplementedError(f"block_m must be 8, 16, 24 or a multiple of 32, got {config}")
+def _check_blocks(p: MatmulProblem, config: Config, tiles: list[int], rows: int) -> None:
+    if config.block_m % 8 or (config.block_m > rows and config.block_m % rows):
+        raise NotImplementedError(f"block_m must be a multiple of 8 below {rows}, or of {rows}, got {config}")
     if config.block_n % LANES and config.block_n != p.n:
         raise NotImplementedError(f"block_n must be a multiple of {LANES} or N={p.n}, got {config}")
     if config.block_k != p.k:

@@ -73,6 +73,8 @@ def look_up(codes: jax.Array, codebook: str) -> jax.Array:
     One permute per 1024 codes; a tree of selects on the bits takes fifteen operations of the vector unit.
     """
     codes = codes.astype(jnp.int32)
+    if codes.shape[0] == 1:  # Mosaic gathers from at least two rows
+        return look_up(jnp.broadcast_to(codes, (8, codes.shape[1])), codebook)[:1]
     rows, width = codes.shape
     table = _table(CODEBOOKS[codebook], rows)
     padded = pl_cdiv(width, LANES) * LANES
