@@ -14,6 +14,7 @@ from flax import nnx
 from jax.experimental import pallas as pl
 
 import qwix
+from qwix._src.core import qarray
 
 INT8 = qwix.QuantizationRule(weight_qtype="int8")
 W8A8 = qwix.QuantizationRule(weight_qtype="int8", act_qtype="int8")
@@ -164,15 +165,13 @@ def test_converting_holds_one_layer_more_than_the_result():
 
     class Module:
         def __getattr__(self, name):
-            return getattr(qwix._src.core.qarray, name)
+            return getattr(qarray, name)
 
         def quantize(self, array, how):
             gc.collect()
             others = [x for x in jax.live_arrays() if x.size == size * size and id(x) not in floats]
             seen.append(sum(x.dtype == jnp.float32 for x in others))
-            return qwix._src.core.qarray.quantize(array, how)
-
-    import qwix._src.core.qarray  # noqa: F401
+            return qarray.quantize(array, how)
 
     provider = qwix.PtqProvider([INT8], _qarray_module=Module())
     jax.clear_caches()
@@ -200,7 +199,8 @@ def test_errors_leave_everything_as_it_was():
 @pytest.mark.parametrize("first", ["float", "quantized"])
 @pytest.mark.parametrize("jit", [False, True])
 def test_jit_caches_are_not_shared_with_the_float_model(first, jit):
-    """jnp.dot, matmul and `@` are jitted functions, and so is a user's helper: whoever is first, both are right."""
+    """jnp.dot, matmul and `@` are jitted functions, and so is a user's helper: whoever is first, both are
+    right."""
 
     @jax.jit
     def helper(x, w):

@@ -121,6 +121,7 @@ def _convert(path: Path, value: Any, template: Any, qarray_module: Any) -> Any:
         raise ValueError(f"{_text(path)} has shape {value.shape}, but the quantized model's is {shape}.")
     if not isinstance(template.array, qarray.QArray):
         return template.replace(array=value)
+    qarray.check_finite(value, f"The weight {_text(path)!r}")
     quantized = qarray_module.quantize(jax.numpy.asarray(value).reshape(shape), template.how)
     return template.replace(array=with_scale_shape(quantized, template.array.scale.shape))
 

@@ -1,8 +1,8 @@
 """Every way of writing a product with a weight, in both module systems, eager and jitted.
 
-A weight-only model must compute what the float model computes with the dequantized weight, up to rounding: each
-pattern is linear in the weight, so a sum of K products of float32 differs by at most 4 K eps times the same sum
-of magnitudes.
+A weight-only model must compute what the float model computes with the dequantized weight, up to rounding:
+each pattern is linear in the weight, so a sum of K products of float32 differs by at most 4 K eps times the
+same sum of magnitudes.
 """
 
 import functools
