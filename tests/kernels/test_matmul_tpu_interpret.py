@@ -12,6 +12,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from qwix_kernels.chips import CHIPS
 from qwix_kernels.matmul import reference, tpu
+from qwix_kernels.matmul import tpu_values as values
 from qwix_kernels.matmul.describe import problem_of
 from qwix_kernels.problem import MatmulProblem, RowQuantize, Tensor
 
@@ -247,6 +248,16 @@ def test_zero_nan_and_tiny_rows(tile, act):
     finite = [0, 2, 4, 5, 6, 7]
     assert np.isnan(got[0, [1, 3]]).all()
     assert (np.abs(got - want) <= allowed)[0, finite].all()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_rounding_to_a_grid_is_the_cast(dtype):
+    """All bfloat16 values, and float32 ones at and beside every tie."""
+    top = float(jnp.finfo(dtype).max)
+    every = jnp.arange(2**16, dtype=jnp.uint32).astype(jnp.uint16).view(jnp.bfloat16).astype(jnp.float32)
+    x = jnp.concatenate([every, jnp.nextafter(every, jnp.inf), jnp.nextafter(every, -jnp.inf)])
+    x = jnp.clip(x[jnp.isfinite(x)], -top, top)
+    np.testing.assert_array_equal(values.on_grid(x, dtype), x.astype(dtype).astype(jnp.float32))
 
 
 def test_nan_scales_and_weights():

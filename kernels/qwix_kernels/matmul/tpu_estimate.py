@@ -25,12 +25,13 @@ _SCALES = ("bfloat16", "float32")
 _QUANTIZED_TO = ("int8", "int4", "float8_e4m3fn", "float8_e5m2")
 # Vector operations per 1024 elements.
 _WIDEN = {"int8": 1.5, "int4": 1.6, "uint8": 2.5, "uint4": 2.6, "nf4": 22.0, "float8": 5.0, "wide": 0.5}
-_MIXED = {"int8": 0.5, "int4": 0.6, "float8": 1.0}  # widened by the compiler, on the way into the matrix unit
-_NO_BF16_UNIT = 3.5  # v5: the vector unit has no bfloat16, so that widening takes the longer way
+_MIXED = {"int8": 1.7, "int4": 1.7, "float8": 1.3}  # widened by the compiler, on the way into the matrix unit
+_NO_BF16_UNIT = 1.4  # v5: the vector unit has no bfloat16, so that widening takes the longer way
 _SCALE_WEIGHT = 2.0  # multiply, and half a pack to bfloat16
 _SCALE_PARTIAL = 2.2  # multiply and add
-_QUANTIZE_ROW = {"int": 9.0, "float8": 22.0}
-_STEP_CYCLES = 100  # of a grid step, whatever its blocks
+_QUANTIZE_ROW = {"int": 9.0, "float8": 15.0, "native": 5.0}
+_NOT_HIDDEN = 0.4  # of the lesser of matrix and vector work
+_STEP_CYCLES = 130  # of a grid step, whatever its blocks
 _VALU = 4 * 1024
 
 
@@ -152,7 +153,7 @@ def estimate(problem: MatmulProblem, chip: Chip, config: Config) -> Estimate:
 
 def _compute_us(plan: Plan, chip: Chip) -> float:
     b, rows, columns, steps = plan.grid
-    macs = plan.block_m * _lanes(plan.block_n) * plan.block_k
+    macs = plan.block_m * pl_cdiv(plan.block_n, chip.mxu) * chip.mxu * plan.block_k
     rate = {"int8": chip.int8, "int4": chip.int4}.get(plan.lhs_dot, chip.bf16)
     if is_fp8(plan.lhs_dot) and is_fp8(plan.rhs_dot):
         rate = max(chip.fp8, chip.bf16)
@@ -160,7 +161,8 @@ def _compute_us(plan: Plan, chip: Chip) -> float:
     vector = _weight_ops(plan, chip) + _partial_ops(plan)
     # A running sum in VMEM is stored at one register per cycle.
     stores = plan.block_m * _lanes(plan.block_n) / 1024 if steps > 1 else 0
-    step = max(matrix, vector / 4, stores) + _STEP_CYCLES
+    busiest = max(matrix, vector / 4, stores)
+    step = busiest + _NOT_HIDDEN * min(matrix, vector / 4) + _STEP_CYCLES
     cycles = b * rows * columns * steps * step
     if plan.prepare_lhs:
         again = columns if plan.megacore_rows else 1
@@ -182,7 +184,7 @@ def _weight_ops(plan: Plan, chip: Chip) -> float:
         )
     if plan.folds_rhs:
         each += _SCALE_WEIGHT + p.rhs.zero_point
-    return each * _lanes(plan.block_n) * plan.block_k / 1024
+    return each * pl_cdiv(plan.block_n, chip.mxu) * chip.mxu * plan.block_k / 1024
 
 
 def _partial_ops(plan: Plan) -> float:
@@ -197,9 +199,11 @@ def _partial_ops(plan: Plan) -> float:
 
 
 def _row_ops(plan: Plan) -> float:
+    """Vector operations on the rows of one block."""
     p = plan.problem
-    if p.quantize_lhs:
-        each = _QUANTIZE_ROW["float8" if is_fp8(p.quantize_lhs.dtype) else "int"] + 6 * (plan.lhs_tile > 0)
+    if q := p.quantize_lhs:
+        kind = "int" if not is_fp8(q.dtype) else "native" if plan.lhs_dot == q.dtype else "float8"
+        each = _QUANTIZE_ROW[kind] + 6 * (plan.lhs_tile > 0)
     else:
         each = _widen(p.lhs.codebook or p.lhs.dtype) + 1 + plan.folds_lhs
     return each * plan.block_m * plan.block_k / 1024

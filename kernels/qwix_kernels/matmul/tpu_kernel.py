@@ -129,7 +129,7 @@ def _quantize_rows(plan: Plan, r: dict[str, Any], step: jax.Array, at: Any) -> N
             scale = whole
         stored = values.quantize(x * (1.0 / scale), q)
         if plan.lhs_dot != q.dtype and not jnp.issubdtype(q.dtype, jnp.integer):
-            stored = stored.astype(q.dtype).astype(jnp.float32)  # on the grid of the narrow float
+            stored = values.on_grid(stored, q.dtype)
         if plan.folds_lhs:
             stored = stored * scale
         r["lhs_ready"][step, at, lanes] = values.narrow(stored, plan.lhs_dot)

@@ -96,6 +96,22 @@ def _table(entries: tuple[float, ...], rows: int) -> jax.Array:
     return out
 
 
+def on_grid(x: jax.Array, dtype: str) -> jax.Array:
+    """float32 in the range of a narrow float, rounded half to even to its values; NaN gives NaN or infinity.
+
+    Where that dtype is not native, a cast there and back takes twice the operations.
+    """
+    info = jnp.finfo(dtype)
+    cut = 23 - info.nmant
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    odd = (bits >> cut) & 1
+    bits = (bits + ((1 << (cut - 1)) - 1) + odd) & -(1 << cut)
+    normal = lax.bitcast_convert_type(bits, jnp.float32)
+    # Adding a number whose last place is the smallest subnormal rounds to multiples of that.
+    shift = jnp.float32(1.5 * 2.0**23 * float(info.smallest_subnormal))
+    return jnp.where(jnp.abs(x) < jnp.float32(info.smallest_normal), (x + shift) - shift, normal)
+
+
 def zero_past(x: jax.Array, limit: jax.Array | None, start: int, axis: int) -> jax.Array:
     """`x` with zeros where its index along `axis`, counted from `start`, reaches `limit`."""
     if limit is None:
