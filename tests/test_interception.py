@@ -223,7 +223,7 @@ def test_disable_interceptions(module):
 
 @pytest.mark.parametrize("first", ["plain", "intercepted"])
 def test_jit_caches_are_apart(first):
-    """A function jitted at module level is traced anew with and without the interceptor, whoever comes first."""
+    """A jitted function is traced anew with and without the interceptor, whoever comes first."""
     helper = jax.jit(lambda x, w: jnp.dot(x, w))
     replacement = lambda *args, **kwargs: -early_dot_general(*args, **kwargs)
     run = intercept(lambda: helper(X, W), {DOT: replacement})

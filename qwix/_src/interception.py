@@ -25,7 +25,7 @@ from qwix._src import aux_data
 
 PRIMITIVE_BIND_KEY = "jax._src.core.Primitive.bind"
 _CODE = "__code__"
-_PjitFunction = type(jax.jit(lambda: None))
+_PjitFunction: Any = type(jax.jit(lambda: None))
 
 _trace_context = jax.make_user_context(())
 

@@ -118,7 +118,7 @@ def _initialize(
 ) -> Any:
     """Makes float params, quantizes them where they are, and returns what the quantized module does."""
     scope = _scope(model)
-    rngs = {name: rng.as_jax_rng() for name, rng in scope.rngs.items()}
+    rngs = {name: flax_scope.LazyRng.create(rng).as_jax_rng() for name, rng in scope.rngs.items()}
     before = {c: v for c, v in _variables(model).items() if c != "params"}
     plain(model, *args, **kwargs)
     variables = _variables(model)

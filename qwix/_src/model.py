@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 from flax import nnx
@@ -60,7 +60,8 @@ def quantize_model[M: nn.Module | nnx.Module](
                 "Model inputs must not be provided for linen models. They convert their params in init; use "
                 "quantize_params for params that you have."
             )
-        return linen_model.quantize_linen_model(model, provider, methods)
+        return cast(M, linen_model.quantize_linen_model(model, provider, methods))
     if isinstance(model, nnx.Module):
-        return nnx_model.quantize_nnx_model(model, provider, model_inputs, model_inputs_kwargs, methods)
+        converted = nnx_model.quantize_nnx_model(model, provider, model_inputs, model_inputs_kwargs, methods)
+        return cast(M, converted)
     raise ValueError(f"Unsupported model type: {type(model).__name__}. Give a Linen or an NNX module.")

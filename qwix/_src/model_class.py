@@ -55,7 +55,8 @@ def make(base: type, provider: qconfig.QuantizationProvider, methods: Sequence[s
     }
     for method in methods:
         namespace[method] = _method(base, provider, method, call)
-    return type(base)(base.__name__, (base,), namespace)
+    metaclass: Any = type(base)
+    return metaclass(base.__name__, (base,), namespace)
 
 
 def _method(
@@ -82,5 +83,5 @@ def _state(model: Any) -> Any:
 
 
 def _rebuild(base: type, provider: Any, methods: tuple[str, ...], call: Call) -> Any:
-    cls = make(base, provider, methods, call)
+    cls: Any = make(base, provider, methods, call)
     return cls.__new__(cls)

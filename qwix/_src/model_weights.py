@@ -69,17 +69,20 @@ class Discovery:
         weight = None if plan.weight_side is None else args[plan.weight_side]
         how = None
         if weight is not None and plan.weight_how is not None:
-            plan, how = (plan, plan.weight_how) if weight.is_quantized else self._add(plan, weight)
+            wanted = plan.weight_how
+            plan, how = (plan, wanted) if weight.is_quantized else self._add(plan, weight, wanted)
         record = make_record(plan, args, params, how)
         self.provider.records.setdefault((plan.path, plan.op_id), record)
 
-    def _add(self, plan: OpPlan, weight: WeightTracer) -> tuple[OpPlan, qarray.HowToQuantize | None]:
+    def _add(
+        self, plan: OpPlan, weight: WeightTracer, wanted: qarray.HowToQuantize
+    ) -> tuple[OpPlan, qarray.HowToQuantize | None]:
         """Settles how the weight is quantized; the first op that eats it decides, and others must do with
         that.
         """
         shape = weight.steps[0].old if weight.steps else tuple(weight.shape)
         try:
-            how = weight_view.to_param(plan.weight_how, weight.steps, weight.shape)
+            how = weight_view.to_param(wanted, weight.steps, weight.shape)
         except ValueError as error:
             return plan.keep_float(f"the weight's scales can't follow it here: {error}"), None
         key = (*(weight.info.path or ()), weight.info.name)
@@ -145,7 +148,7 @@ def _problem(plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> Any:
             dynamic[side] = how
         elif how is not None:
             sides[side] = op_plan.quantized_shape(sides[side].shape, sides[side].dtype, how)
-    if plan.weight_how is not None:
+    if plan.weight_how is not None and plan.weight_side is not None:
         weight = sides[plan.weight_side]
         sides[plan.weight_side] = op_plan.quantized_shape(weight.shape, weight.dtype, plan.weight_how)
     dnums = params["dimension_numbers"]
@@ -153,7 +156,7 @@ def _problem(plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> Any:
         sides, dnums = sides[::-1], swapped(dnums)
     act_how = next(iter(dynamic.values()), None)
     return dot_general.matmul_problem(
-        *sides, dnums, act_how=act_how, preferred_element_type=params["preferred_element_type"]
+        sides[0], sides[1], dnums, act_how=act_how, preferred_element_type=params["preferred_element_type"]
     )
 
 

@@ -49,7 +49,7 @@ def plan_contraction(
     sides = [i for i, a in enumerate(args[:2]) if isinstance(a, WeightTracer)]
     path = module_path(args[sides[-1]] if sides else None)
     rule, op_id = provider._get_current_rule_and_op_id(op, path=path)
-    plan = OpPlan(op=op, path=path, op_id=op_id, rule=rule, weight_side=sides[-1] if sides else None)
+    plan = OpPlan(op=op, path=path, op_id=str(op_id), rule=rule, weight_side=sides[-1] if sides else None)
     if rule is None:
         return plan.keep_float("no rule matches")
     if len(sides) == 2:
@@ -57,13 +57,13 @@ def plan_contraction(
     if any(not numerics.should_quantize(a.dtype) for a in args[:2]):
         return plan.keep_float(f"operands are {args[0].dtype} and {args[1].dtype}, not both float")
     if op == "conv_general_dilated":
-        return _plan_convolution(plan, args, params)
+        return _plan_convolution(plan, rule, args, params)
     if op not in ("dot_general", "einsum"):
         return plan.keep_float(f"{op} is not quantized by this provider")
     hows = [_axes(args, params, side, rule) for side in (0, 1)]
     if sides:
-        return _plan_weight(plan, args, sides[0], hows)
-    return _plan_activations(plan, args, params, hows)
+        return _plan_weight(plan, rule, args, sides[0], hows)
+    return _plan_activations(plan, rule, args, params, hows)
 
 
 def module_path(weight: WeightTracer | None) -> str:
@@ -72,11 +72,13 @@ def module_path(weight: WeightTracer | None) -> str:
     return "/".join(map(str, flax_util.get_current_module_path())) if path is None else path
 
 
-def _plan_convolution(plan: OpPlan, args: Sequence[Any], params: Mapping[str, Any]) -> OpPlan:
+def _plan_convolution(
+    plan: OpPlan, rule: qconfig.QuantizationRule, args: Sequence[Any], params: Mapping[str, Any]
+) -> OpPlan:
     """One scale per output channel, and per image for the activations."""
     if plan.weight_side != 1:
         return plan.keep_float("the kernel of the convolution is no weight")
-    if plan.rule.tile_size:
+    if rule.tile_size:
         return plan.keep_float("convolutions have no tiles; give them a rule of their own, without tile_size")
     dnums = params["dimension_numbers"]
     hows = [
@@ -87,11 +89,12 @@ def _plan_convolution(plan: OpPlan, args: Sequence[Any], params: Mapping[str, An
         }
         for side in (0, 1)
     ]
-    return _plan_weight(plan, args, 1, hows)
+    return _plan_weight(plan, rule, args, 1, hows)
 
 
-def _plan_weight(plan: OpPlan, args: Sequence[Any], side: int, hows: Sequence[Any]) -> OpPlan:
-    rule = plan.rule
+def _plan_weight(
+    plan: OpPlan, rule: qconfig.QuantizationRule, args: Sequence[Any], side: int, hows: Sequence[Any]
+) -> OpPlan:
     if rule.weight_qtype is None:
         why = "act_qtype without weight_qtype: an op with a float weight gains nothing from that"
         return plan.keep_float(why if rule.act_qtype is not None else "the rule has no qtype")
@@ -99,14 +102,18 @@ def _plan_weight(plan: OpPlan, args: Sequence[Any], side: int, hows: Sequence[An
     how = _checked(weight, hows[side], rule.weight_qtype, rule.weight_calibration_method, weight.shape)
     acts: list[Any] = [None, None]
     if rule.act_qtype is not None:
-        acts[1 - side] = _checked(weight, hows[1 - side], rule.act_qtype, rule.act_calibration_method, None)
+        method = rule.act_calibration_method or "absmax"
+        acts[1 - side] = _checked(weight, hows[1 - side], rule.act_qtype, method, None)
     return dataclasses.replace(plan, weight_how=how, act_hows=tuple(acts))
 
 
 def _plan_activations(
-    plan: OpPlan, args: Sequence[Any], params: Mapping[str, Any], hows: Sequence[Any]
+    plan: OpPlan,
+    rule: qconfig.QuantizationRule,
+    args: Sequence[Any],
+    params: Mapping[str, Any],
+    hows: Sequence[Any],
 ) -> OpPlan:
-    rule = plan.rule
     if rule.act_qtype is None:
         return plan.keep_float("no operand is a weight, and the rule has no act_qtype")
     (contracted, _), _ = params["dimension_numbers"]
@@ -117,20 +124,20 @@ def _plan_activations(
     for arg, kwargs in zip(args, hows, strict=False):
         try:
             how = qarray.HowToQuantize(
-                qtype=rule.act_qtype, calibration_method=rule.act_calibration_method, **kwargs
+                qtype=rule.act_qtype, calibration_method=rule.act_calibration_method or "absmax", **kwargs
             )
             qarray.get_scale_shape(tuple(arg.shape), how)
         except ValueError as error:
             return plan.keep_float(f"activations only, and {error}")
         acts.append(how)
-    return dataclasses.replace(plan, act_hows=tuple(acts))
+    return dataclasses.replace(plan, act_hows=(acts[0], acts[1]))
 
 
 def plan_lookup(provider: qconfig.QuantizationProvider, weight: WeightTracer, row_axis: int) -> OpPlan:
     """The plan for taking rows of a table."""
     path = module_path(weight)
     rule, op_id = provider._get_current_rule_and_op_id("take", path=path)
-    plan = OpPlan(op="take", path=path, op_id=op_id, rule=rule, weight_side=0)
+    plan = OpPlan(op="take", path=path, op_id=str(op_id), rule=rule, weight_side=0)
     if rule is None:
         return plan.keep_float("no rule matches")
     if rule.weight_qtype is None:

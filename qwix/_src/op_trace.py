@@ -62,7 +62,7 @@ class OpTrace(jcore.Trace):
         self.handler = handler
         # Flax compares these references to forbid mutation across trace levels, and this isn't a level of
         # its own.
-        self._weakref = parent._weakref
+        self._weakref: Any = parent._weakref
         self.requires_low = parent.requires_low
 
     def stage_value(self, val: Any) -> Any:

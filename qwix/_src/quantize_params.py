@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -128,8 +129,12 @@ def _convert(path: Path, value: Any, template: Any, qarray_module: Any) -> Any:
 
 def with_scale_shape(quantized: qarray.QArray, shape: Sequence[int]) -> qarray.QArray:
     """The same values with scales of another shape, which may be finer."""
-    grow = lambda x: None if x is None else layout.broadcast_array(x, shape)
-    return quantized.replace(scale=grow(quantized.scale), zero_point=grow(quantized.zero_point))
+    zero_point = quantized.zero_point
+    return dataclasses.replace(
+        quantized,
+        scale=layout.broadcast_array(quantized.scale, shape),
+        zero_point=None if zero_point is None else layout.broadcast_array(zero_point, shape),
+    )
 
 
 def _stats(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Mapping[str, Any]]]:
@@ -142,14 +147,14 @@ def _stats(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Mapping[str, Any]
 
 def _static(path: Path, stat: Mapping[str, Any], templates: Mapping[str, Any]) -> dict[Path, Any]:
     """The params that a static scale is made of."""
-    found = {}
+    found: dict[Path, Any] = {}
     for suffix in ("scale", "zero_point"):
-        full = (*path[:-1], f"{path[-1]}_{suffix}")
+        full: Path = (*path[:-1], f"{path[-1]}_{suffix}")
         template = templates.get(_text(full))
         if template is None and suffix == "scale":
             raise ValueError(_unknown(full, templates))
         if template is not None:
-            values = static_range.from_quant_stat(stat, template.how, _text(path))
+            values: Any = static_range.from_quant_stat(stat, template.how, _text(path))
             value = values[suffix == "zero_point"].reshape(template.array.shape)
             found[full] = template.replace(array=value.astype(template.array.dtype))
     return found

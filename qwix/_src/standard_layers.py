@@ -32,7 +32,7 @@ def _linear_general(layer: nnx.LinearGeneral) -> None:
     batch = dict(layer.batch_axis)
     needed = [a + 1 if a >= 0 else -a for a in (*axes, *batch)]
     ndim = max(*needed, len(axes) + len(batch) + 1, 2)
-    shape = [1] * ndim
+    shape: list[Any] = [1] * ndim
     for axis, size in (*zip(axes, sizes, strict=True), *batch.items()):
         shape[axis] = size
     layer(jnp.zeros(shape, jnp.float32))

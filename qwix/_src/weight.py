@@ -60,6 +60,7 @@ class WeightTracer(jcore.Tracer):
     """A weight inside an `OpTrace`. Its payload is a QArray or a float array of the parent trace."""
 
     __slots__ = ("_value", "info", "payload", "steps")
+    aval: Any
 
     def __init__(self, trace: Any, aval: Any, payload: Any, info: WeightInfo, steps: tuple[Step, ...] = ()):
         super().__init__(trace, aval)

@@ -139,9 +139,9 @@ class Executor:
         for side, how in enumerate(plan.act_hows):
             if how is None:
                 continue
-            if plan.rule.act_static_scale:
+            if plan.rule is not None and plan.rule.act_static_scale:
                 name = f"{plan.op_id}_{('lhs', 'rhs')[side]}"
-                operands[side] = self._static(operands[side], how, plan, name)
+                operands[side] = self._static(operands[side], how, plan, plan.rule, name)
             elif fuse and plan.weight_side == 1 - side:
                 act_how = how
             else:
@@ -176,8 +176,15 @@ class Executor:
         options = params | {"preferred_element_type": _result_dtype(args, params)}
         return self.provider._conv_general_dilated_fn(*operands, **options)
 
-    def _static(self, x: jax.Array, how: qarray.HowToQuantize, plan: OpPlan, name: str) -> qarray.QArray:
-        scale, zero_point = self.scales.get(plan.path, name, lambda: calibrated_act(x, how, plan.rule), how)
+    def _static(
+        self,
+        x: jax.Array,
+        how: qarray.HowToQuantize,
+        plan: OpPlan,
+        rule: qconfig.QuantizationRule,
+        name: str,
+    ) -> qarray.QArray:
+        scale, zero_point = self.scales.get(plan.path, name, lambda: calibrated_act(x, how, rule), how)
         return self.provider._qarray.quantize_with_scale_zero_point(x, how.qtype, scale, zero_point)
 
 

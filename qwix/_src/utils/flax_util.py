@@ -7,6 +7,7 @@ stack: the innermost function whose first argument (whatever its name) is an nnx
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +42,11 @@ _paths = _Paths()
 @contextlib.contextmanager
 def nnx_paths(root: nnx.Module) -> Iterator[None]:
     """Inside, NNX modules know their path from `root`. A shared module has the first one."""
-    _paths.stack.append({id(module): path for path, module in nnx.iter_modules(root)})
+    known: dict[int, Path] = {
+        id(module): tuple(p if isinstance(p, int) else str(p) for p in path)
+        for path, module in nnx.iter_modules(root)
+    }
+    _paths.stack.append(known)
     try:
         yield
     finally:
@@ -78,6 +83,12 @@ def _nnx_modules() -> Iterator[nnx.Module]:
             if isinstance(first, nnx.Module):
                 yield first
         frame = frame.f_back
+
+
+def _scope(module: nn.Module) -> Any:
+    if module.scope is None:
+        raise ValueError(f"{type(module).__name__} is not bound to variables.")
+    return module.scope
 
 
 def get_current_module() -> nn.Module | nnx.Module:
@@ -120,7 +131,7 @@ def get_or_create_variable(collection: str, name: str, init_fn: Callable[[], Any
     """
     module = get_current_module()
     if isinstance(module, nn.Module):
-        variable = module.scope.variable(collection, name, init_fn)
+        variable = _scope(module).variable(collection, name, init_fn)
         value = variable.value
     else:
         variable = getattr(module, name, None)
@@ -138,7 +149,7 @@ def get_and_delete_variable(collection: str, name: str) -> Any:
     if isinstance(module, nn.Module):
         value = module.get_variable(collection, name)
         if value is not None and module.is_mutable_collection(collection):
-            del module.scope._mutable_collection(collection)[name]
+            del _scope(module)._mutable_collection(collection)[name]
         return value
     variable = getattr(module, name, None)
     if not isinstance(variable, nnx.variable_type_from_name(collection)):
@@ -160,7 +171,7 @@ def get_or_create_param(
     module = get_current_module()
     if isinstance(module, nn.Module):
         make = (lambda key: init_fn(key)) if need_rng else (lambda key: init_fn())
-        return unbox(module.scope.param(name, make))
+        return unbox(_scope(module).param(name, make))
     param = getattr(module, name, None)
     if param is None:
         value = init_fn(make_rng("params")) if need_rng else init_fn()
@@ -274,8 +285,9 @@ def update_boxed(
                 metadata[field] = change(metadata[field])
         return type(boxed).from_metadata(value, metadata)
     if isinstance(boxed, meta.AxisMetadata):
-        fields = {f: change(getattr(boxed, f)) for f in ("names", "mesh_axes") if hasattr(boxed, f)}
-        return boxed.replace(value=value, **fields)
+        fields: Any = {f: change(getattr(boxed, f)) for f in ("names", "mesh_axes") if hasattr(boxed, f)}
+        box: Any = boxed  # a dataclass, as every box of linen is
+        return dataclasses.replace(box, value=value, **fields)
     if hasattr(boxed, "shape") and hasattr(boxed, "dtype"):
         return value
     raise ValueError(
