@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     if unknown := set(_SCHEMES.value) - set(schemes.SCHEMES):
         raise app.UsageError(f"Unknown schemes {sorted(unknown)}; there are {', '.join(schemes.SCHEMES)}.")
     # A table cut to 80 columns by a pipe is of no use to anyone.
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else 260)
     start = time.perf_counter()
     tokenizer, model = load.load_tokenizer(), load.load_model()
     tokens = evaluate.windows(tokenizer)

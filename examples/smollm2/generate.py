@@ -1,13 +1,19 @@
 """Greedy answers with a key-value cache.
 
-The cache has a fixed capacity, so that a model compiles twice for a question: once for the prompt, once
-for one token. The weights are an argument of the compiled function; baked in, they would be constant-folded.
+Tokens are fed in chunks of a fixed size, the last one padded, and the cache has a fixed capacity: one
+compiled program reads the prompt and writes the answer. What padding leaves in the cache lies behind its end,
+where nothing attends to it and the next chunk overwrites it. The weights are an argument of the compiled
+function; baked in, they would be constant-folded.
 """
 
+import dataclasses
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tokenizers
 from flax import nnx
 from tqdm import tqdm
@@ -16,6 +22,7 @@ from examples.smollm2.model import Cache, SmolLM2
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 END = "<|im_end|>"
+CHUNK = 16
 
 
 def chat(question: str) -> str:
@@ -26,10 +33,21 @@ def chat(question: str) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
-def step(graphdef: nnx.GraphDef, state: nnx.State, tokens: jax.Array, cache: Cache):
-    """Feeds `tokens` `[1, length]`; returns the likeliest next token, `[1, 1]`, and the cache."""
-    logits, cache = nnx.merge(graphdef, state)(tokens, cache)
-    return jnp.argmax(logits[:, -1:], axis=-1), cache
+def step(graphdef: nnx.GraphDef, state: nnx.State, tokens: jax.Array, count: jax.Array, cache: Cache):
+    """Feeds the first `count` of `tokens` `[1, CHUNK]`; returns the likeliest next token and the cache."""
+    logits, fed = nnx.merge(graphdef, state)(tokens, cache)
+    return jnp.argmax(logits[0, count - 1]), dataclasses.replace(fed, length=cache.length + count)
+
+
+def feed(
+    graphdef: nnx.GraphDef, state: nnx.State, tokens: Sequence[int], cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Feeds any number of tokens; returns the likeliest next one and the cache."""
+    for chunk in itertools.batched(tokens, CHUNK):
+        padded = np.zeros((1, CHUNK), np.int32)
+        padded[0, : len(chunk)] = chunk
+        token, cache = step(graphdef, state, padded, np.int32(len(chunk)), cache)
+    return token, cache
 
 
 def answer(
@@ -37,24 +55,24 @@ def answer(
     tokenizer: tokenizers.Tokenizer,
     question: str,
     *,
-    max_tokens: int = 32,
+    max_tokens: int = 16,
     capacity: int = 128,
-    progress: bool = False,
+    progress: bool = True,
 ) -> str:
     """The model's answer to `question`, at most `max_tokens` long; prompt and answer fit in `capacity`."""
     prompt = tokenizer.encode(chat(question)).ids
-    if len(prompt) + max_tokens > capacity:
+    needed = len(prompt) + max_tokens + CHUNK
+    if needed > capacity:
         raise ValueError(
-            f"{len(prompt)} tokens of prompt and {max_tokens=} do not fit in {capacity=}: raise the capacity."
+            f"{len(prompt)} tokens of prompt, {max_tokens=} and {CHUNK} of padding do not "
+            f"fit in {capacity=}; it takes {needed}."
         )
     graphdef, state = nnx.split(model)
     end, said = tokenizer.token_to_id(END), []
-    token, cache = step(graphdef, state, jnp.array([prompt]), Cache.empty(model.config, 1, capacity))
-    with tqdm(
-        total=max_tokens, desc="answer", unit="token", disable=None if progress else True, leave=False
-    ) as bar:
-        while (latest := int(token[0, 0])) != end and len(said) < max_tokens:
+    token, cache = feed(graphdef, state, prompt, Cache.empty(model.config, 1, capacity))
+    with tqdm(total=max_tokens, desc="answer", unit="token", disable=None if progress else True) as bar:
+        while (latest := int(token)) != end and len(said) < max_tokens:
             said.append(latest)
             bar.update()
-            token, cache = step(graphdef, state, token, cache)
+            token, cache = feed(graphdef, state, [latest], cache)
     return tokenizer.decode(said).strip()
