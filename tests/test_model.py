@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 import qwix
 from qwix._src.core import qarray
+from qwix._src.utils import flax_util
 
 INT8 = qwix.QuantizationRule(weight_qtype="int8")
 W8A8 = qwix.QuantizationRule(weight_qtype="int8", act_qtype="int8")
@@ -245,6 +247,44 @@ def test_pallas_kernels_are_left_alone():
     assert str(jax.make_jaxpr(model)(X)).count("pallas_call") == 1
 
 
+def test_mesh_kernels_are_left_alone():
+    """`pl.kernel` has a primitive of its own; what's in its body is no op of the model."""
+
+    def body(x_ref, w_ref, out_ref):
+        out_ref[...] = jnp.dot(x_ref[...], w_ref[...])
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+            self.w = nnx.Param(jnp.eye(8))
+
+        def __call__(self, x):
+            mesh = pltpu.TensorCoreMesh(axis_name="core", num_cores=1)
+            kernel = pl.kernel(body, jax.ShapeDtypeStruct((4, 8), jnp.float32), mesh=mesh)
+            return kernel(self.linear(x), self.w[...])
+
+    provider = qwix.PtqProvider([W8A8])
+    model = qwix.quantize_model(Model(), provider, X)
+    assert isinstance(model.w, nnx.Param)
+    assert [r.path for r in provider.records.values()] == ["linear"]
+    (before, after) = (
+        next(e for e in jax.make_jaxpr(m)(X).eqns if e.primitive.name == "mpmd_map") for m in (Model(), model)
+    )
+    assert str(before.params["jaxprs"]) == str(after.params["jaxprs"])
+
+
+def test_find_param_is_about_identity_not_shape():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones((4, 4)))
+            self.other = nnx.Param(jnp.ones((4, 4)))
+
+        def __call__(self, x):
+            return flax_util.find_param(self.other.get_raw_value()), flax_util.find_param(x)
+
+    assert Model()(jnp.ones((4, 4))) == ("other", None)
+
+
 def test_other_ops_get_the_float_value_and_state_can_change():
     class Model(nnx.Module):
         def __init__(self):
@@ -282,7 +322,6 @@ def test_without_inputs():
     ids = jnp.arange(6).reshape(2, 3)
     blind = qwix.quantize_model(Model(), W8A8)
     seen = qwix.quantize_model(Model(), W8A8, ids)
-    assert (blind(ids) == seen(ids)).all()
     for one, other in zip(jax.tree.leaves(nnx.state(blind)), jax.tree.leaves(nnx.state(seen)), strict=True):
         assert one.dtype == other.dtype and (one == other).all()
 

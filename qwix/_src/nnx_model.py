@@ -54,7 +54,8 @@ def quantize_nnx_model(
             _warn_of_others(fresh, provider, found)
         convert(fresh, provider, found)
     object.__setattr__(fresh, "__class__", model_class.make(base, provider, methods, call))
-    if run_once and any(rule.act_static_scale for rule in provider._rules):
+    needs_values = not isinstance(provider, BoxedParamProvider)  # it makes its variables as the model runs
+    if run_once and (needs_values or any(rule.act_static_scale for rule in provider._rules)):
         _first_run(fresh, inputs, kwargs, methods, rngs)
     provider.finish()
     return fresh

@@ -306,10 +306,6 @@ class QuantizationProvider:
         self._complete = True
         for rule in self.get_unused_rules():
             self._warn_once(f"The rule {rule} matched no op. {self._hint(rule)}")
-        if self._rules and not any(record.is_quantized for record in self.records.values()):
-            self._warn_once(
-                f"No op of the model was quantized. `qwix.report` says why for each; {self._hint(None)}"
-            )
 
     def _hint(self, rule: QuantizationRule | None) -> str:
         paths = ", ".join(repr(p) for p in itertools.islice(self._paths_seen, 8)) or "none"

@@ -20,6 +20,8 @@ from flax.core import meta
 from flax.linen import module as linen_module
 from jax.sharding import PartitionSpec
 
+from qwix._src.weight import WeightTracer
+
 Path = tuple[str | int, ...]
 
 
@@ -112,6 +114,29 @@ def get_current_module_path() -> Path:
         if id(module) in known:
             return known[id(module)]
     return ()
+
+
+def find_param(x: Any, ptq_array_type: type | None = None) -> str | None:
+    """The name of the current module's param that `x` is; None if it's an activation.
+
+    A weight that was transposed, reshaped or cast is still that weight where the provider sees the model's
+    ops; elsewhere only the very array counts. Shapes never do.
+    """
+    if isinstance(x, WeightTracer):
+        return x.info.name
+    module = get_current_module()
+    if isinstance(module, nn.Module):
+        params = dict(_scope(module)._collection("params"))
+    else:
+        kinds = (nnx.Param,) if ptq_array_type is None else (nnx.Param, ptq_array_type)
+        params = {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
+    for name, value in params.items():
+        if ptq_array_type is not None and isinstance(value, ptq_array_type):
+            value = getattr(value, "array", value)
+            x = getattr(x, "array", x)
+        if unbox(value) is unbox(x):
+            return name
+    return None
 
 
 def should_update_quant_stats() -> bool:
