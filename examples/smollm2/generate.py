@@ -39,15 +39,21 @@ def step(graphdef: nnx.GraphDef, state: nnx.State, tokens: jax.Array, count: jax
     return jnp.argmax(logits[0, count - 1]), dataclasses.replace(fed, length=cache.length + count)
 
 
+def padded(chunk: Sequence[int]) -> tuple[np.ndarray, np.int32]:
+    """A chunk as `step` takes it, and how much of it counts."""
+    tokens = np.zeros((1, CHUNK), np.int32)
+    tokens[0, : len(chunk)] = chunk
+    return tokens, np.int32(len(chunk))
+
+
 def feed(
     graphdef: nnx.GraphDef, state: nnx.State, tokens: Sequence[int], cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """Feeds any number of tokens; returns the likeliest next one and the cache."""
-    for chunk in itertools.batched(tokens, CHUNK):
-        padded = np.zeros((1, CHUNK), np.int32)
-        padded[0, : len(chunk)] = chunk
-        token, cache = step(graphdef, state, padded, np.int32(len(chunk)), cache)
-    return token, cache
+    """Feeds one token or more; returns the likeliest next one and the cache."""
+    *chunks, last = itertools.batched(tokens, CHUNK)
+    for chunk in chunks:
+        _, cache = step(graphdef, state, *padded(chunk), cache)
+    return step(graphdef, state, *padded(last), cache)
 
 
 def answer(
