@@ -49,9 +49,8 @@ def run(
     """
     if problem.rhs_transposed and problem.n == 1:
         # A single row is the same memory as a single column, which Mosaic takes with every dtype.
-        flip = lambda x: None if x is None else jnp.swapaxes(x, 1, 2)
-        rhs = Tensor(flip(rhs.values), flip(rhs.scale), flip(rhs.zero_point), rhs.codebook)
-        problem = _replace(problem, rhs_transposed=False)
+        rhs = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), rhs)
+        problem = dataclasses.replace(problem, rhs_transposed=False)
     plan = resolve(problem, chip, config)
     names, arrays, specs = zip(*_operands(plan, lhs, rhs), strict=True)
     scratch = _scratch(plan)
@@ -71,10 +70,6 @@ def run(
         interpret=interpret,
         name=f"qwix_matmul_{problem.scheme}",
     )(*arrays)
-
-
-def _replace(problem: MatmulProblem, **changes: Any) -> MatmulProblem:
-    return dataclasses.replace(problem, **changes)
 
 
 def _operands(plan: Plan, lhs: Tensor, rhs: Tensor) -> list[tuple[str, jax.Array, pl.BlockSpec]]:

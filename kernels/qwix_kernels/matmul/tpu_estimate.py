@@ -31,6 +31,7 @@ _SCALE_WEIGHT = 2.0  # multiply, and half a pack to bfloat16
 _SCALE_PARTIAL = 2.2  # multiply and add
 _QUANTIZE_ROW = {"int": 9.0, "float8": 15.0, "native": 5.0}
 _NOT_HIDDEN = 0.4  # of the lesser of matrix and vector work
+_RUNNING_SUM = 4.0  # cycles per 1024 elements
 _STEP_CYCLES = 130  # of a grid step, whatever its blocks
 _VALU = 4 * 1024
 
@@ -109,9 +110,8 @@ def _fitting(p: MatmulProblem, chip: Chip) -> Iterator[tuple[Config, Plan]]:
                 continue
             found = True
             yield config, plan
-        if (
-            found
-        ):  # the whole K in one block wins wherever it fits: the sum never leaves the matrix unit's reach
+        # The whole K in one block wins wherever it leaves room for wide blocks of rows and columns.
+        if found and p.k <= 8192:
             return
 
 
@@ -159,10 +159,9 @@ def _compute_us(plan: Plan, chip: Chip) -> float:
         rate = max(chip.fp8, chip.bf16)
     matrix = 2 * macs / (rate * 1e12) * chip.ghz * 1e9
     vector = _weight_ops(plan, chip) + _partial_ops(plan)
-    # A running sum in VMEM is stored at one register per cycle.
-    stores = plan.block_m * _lanes(plan.block_n) / 1024 if steps > 1 else 0
-    busiest = max(matrix, vector / 4, stores)
-    step = busiest + _NOT_HIDDEN * min(matrix, vector / 4) + _STEP_CYCLES
+    # A running sum in VMEM is read, added to and written by nothing that the matrix unit hides.
+    sums = _RUNNING_SUM * plan.block_m * _lanes(plan.block_n) / 1024 if steps > 1 else 0
+    step = max(matrix, vector / 4) + _NOT_HIDDEN * min(matrix, vector / 4) + sums + _STEP_CYCLES
     cycles = b * rows * columns * steps * step
     if plan.prepare_lhs:
         again = columns if plan.megacore_rows else 1

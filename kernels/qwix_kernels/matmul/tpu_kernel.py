@@ -12,6 +12,21 @@ The grid is (batch, M blocks, N blocks, K blocks), K innermost. In one step:
 Rows and columns past the operands hold whatever the DMA left there: they reach only outputs that are cut off.
 K past the operands would reach everything, so both sides are zeroed there.
 
+The ladder: static kilocycles for 1024 x 4096 x 4096, rows quantized inside the kernel where they are at all.
+`python -m bench.price --chip v6e --scheme w8a8 --m 1024 --k 4096 --n 4096` gives the last figure of a line.
+
+    w8a8        v6e  47 in blocks of 1024 x 256 x K: 36 for the dots, 9 for the rows, once per row block
+    w8a8_g128   v5e  262 + 34 before -> 224 after, 128 x 256: the lane broadcast of row scales binds the XLU
+                     -> 166 with row scales stored along the lanes, in register-sized parts of a block of rows
+    w8a8_g128   v6e  182 after (vector unit) -> 94 before: the bfloat16 unit is worth more than the int8 one
+    wf8af8      v6e  126 both sides cast to bfloat16 in VMEM -> 89 rows rounded by integer arithmetic (a cast
+                     there and back costs twice that), weights handed over as they are
+    w4a16_g128  v6e  M=16: 23 in blocks of 128 columns (half of the unit's width) -> 8.5 in blocks of 512
+    wnf4a16_g64 v6e  149 tree of selects on the bits of a code -> 95 gather along the lanes. M=16: 64,
+                     bound by the XLU at one gather per cycle: six times what HBM needs
+    long K      v6e  w8a8 1024 x 28672 x 8192: 780 with the sum of seven parts of K in VMEM against 582 (HBM
+                     time) with the whole K in one block, so parts are used only where the whole does not fit
+
 XLA:CPU, which runs the interpreter's dots, multiplies neither int4 nor fp8: `emulate` widens dot operands to
 int32 and float32, and nothing else changes.
 """
@@ -55,18 +70,15 @@ def kernel(plan: Plan, emulate: bool, names: tuple[str, ...], *refs: Any) -> Non
 
 def _rows_step(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, rows: Any) -> None:
     """Dots, running sum and result of some rows of the block."""
-    total = _dot_block(plan, emulate, r, step, rows)
     if plan.steps_k == 1:
-        _finish(plan, r, rows, total)
+        _finish(plan, r, rows, _dot_block(plan, emulate, r, step, rows))
         return
 
     @pl.when(step == 0)
     def _():
-        r["acc"][rows, :] = total
+        r["acc"][rows, :] = jnp.zeros((plan.sub_m, plan.block_n), plan.acc)
 
-    @pl.when(step > 0)
-    def _():
-        r["acc"][rows, :] += total
+    r["acc"][rows, :] += _dot_block(plan, emulate, r, step, rows)
 
     @pl.when(step == plan.steps_k - 1)
     def _():
@@ -110,6 +122,7 @@ def _quantize_rows(plan: Plan, r: dict[str, Any], step: jax.Array, at: Any) -> N
         r["lhs"][0, at, lanes].astype(jnp.float32), limit, lanes.start, axis=1
     )
     groups = values.lane_groups(plan.block_k, plan.lhs_tile)
+    whole = None
     if plan.rows_given:
         whole = r["lhs_scale"][0, 0, at, :]
     elif not plan.lhs_tile:
@@ -117,7 +130,7 @@ def _quantize_rows(plan: Plan, r: dict[str, Any], step: jax.Array, at: Any) -> N
         r["row_scale"][step, at, :] = whole
     for lanes, tiles in groups:
         x = load(lanes)
-        if plan.lhs_tile:
+        if whole is None:
             scales = values.tile_scales(x, tiles, lanes, q)
             for (t, _, _), s in zip(tiles, scales, strict=True):
                 if plan.spreads_row_scale:
@@ -200,7 +213,7 @@ def _scale_tile(
     return part
 
 
-def _lhs_scale(plan: Plan, r: dict[str, Any], step: jax.Array, rows: Any, t: int) -> jax.Array:
+def _lhs_scale(plan: Plan, r: dict[str, Any], step: Any, rows: Any, t: int) -> jax.Array:
     """One float32 scale per row: [rows, 1], or as wide as the block where it was stored along the lanes."""
     if plan.spreads_row_scale:
         return values.tile_lanes(r["row_scale"][step, t, rows, :], plan.block_n)
@@ -221,15 +234,15 @@ def _partial(
     dot = _dot(plan, emulate)
     out = dot(lhs, rhs)
     zero_lhs = p.lhs.zero_point and not plan.folds_lhs
-    zero_rhs = p.rhs.zero_point and not plan.folds_rhs
-    if zero_rhs:
+    z_rhs = None
+    if p.rhs.zero_point and not plan.folds_rhs:
         ones = jnp.ones((LANES, lhs.shape[1]) if p.rhs_transposed else (lhs.shape[1], LANES), rhs.dtype)
         z_rhs = _zero_row(plan, r, at)
         out = out - dot(lhs, ones)[:, :1].astype(out.dtype) * z_rhs.astype(out.dtype)
     if zero_lhs:
         z_lhs = r["lhs_zero"][0, 0, rows, _tile(at, plan.lhs_tile)].astype(out.dtype)
         sums = dot(jnp.ones((8, lhs.shape[1]), lhs.dtype), rhs)[:1, :]
-        if zero_rhs:
+        if z_rhs is not None:
             sums = sums - (at.stop - at.start) * z_rhs.astype(out.dtype)
         out = out - z_lhs * sums
     return out
