@@ -306,6 +306,11 @@ def test_refusals_name_the_constraint_and_the_shapes():
     assert "float16" in refused(tensor(rng, "float16", (1, 4, 64)), int8)
     assert "empty" in refused(tensor(rng, "bfloat16", (1, 0, 64)), int8)
     assert "needs a quantized operand" in refused(plain, tensor(rng, "bfloat16", (1, 64, 4)))
+    zeros = [
+        tensor(rng, "int8", (1, *d), t, zero_point=True)
+        for d, t in (((1, 40000), (1, 40000)), ((40000, 1), (40000, 1)))
+    ]
+    assert "sure to hold 32768 of them" in refused(*zeros)
     assert "runs on TPUs" in refused(plain, int8, chip="h100")
 
 

@@ -15,7 +15,17 @@ from collections.abc import Iterator
 from qwix_kernels.chips import Chip
 from qwix_kernels.dispatch import Estimate
 from qwix_kernels.matmul import cost
-from qwix_kernels.matmul.tpu_plan import LANES, Config, Plan, is_fp8, k_tile, pl_cdiv, resolve, stored
+from qwix_kernels.matmul.tpu_plan import (
+    LANES,
+    Config,
+    Plan,
+    is_fp8,
+    is_integer_problem,
+    k_tile,
+    pl_cdiv,
+    resolve,
+    stored,
+)
 from qwix_kernels.problem import MatmulProblem, dtype_bits
 
 MIN_TILE = 32
@@ -73,8 +83,21 @@ def check(problem: MatmulProblem, chip: Chip) -> None:
             refuse(f"quantizes rows by K tiles of 32, 64 or multiples of {LANES}, not {tile}")
     if all(x.dtype in ("bfloat16", "float32") and not x.is_quantized for x in (p.lhs, p.rhs)) and not q:
         refuse("needs a quantized operand")
+    if _exact_run(p) < min([t for t in (k_tile(p.lhs, p.k), k_tile(p.rhs, p.k)) if t], default=p.k):
+        refuse(f"adds up integer products in int32, which is sure to hold {_exact_run(p)} of them")
     if not any(True for _ in _fitting(p, chip)):
         refuse("finds no blocks that fit its VMEM")
+
+
+def _exact_run(p: MatmulProblem) -> int:
+    """How many integer products, zero points taken off, int32 is sure to hold the sum of.
+
+    Without scales the sum is right modulo 2**32, so exact wherever int32 holds the result.
+    """
+    if not is_integer_problem(p) or p.out_dtype == "int32":
+        return p.k
+    bits = [dtype_bits(d) - (not d.startswith("u")) for d in stored(p)]
+    return 1 << (31 - sum(bits) - p.lhs.zero_point - p.rhs.zero_point)
 
 
 def heuristic_config(problem: MatmulProblem, chip: Chip) -> Config:
