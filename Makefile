@@ -38,7 +38,9 @@ docs: venv
 venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml Makefile
-	@test -n "$(PYTHON)" || { echo "qwix needs Python 3.12 or newer; found: $$(python3 --version 2>&1). Install one, or say make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(or $(PYTHON),python3) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { echo \
+		"qwix needs Python 3.12 or newer; $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1)." \
+		"Install one, or say: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[test,aot,examples]'
