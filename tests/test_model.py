@@ -79,8 +79,8 @@ def dequantized(model):
     """The float model whose weights are what the quantized model's stand for."""
     graphdef, state = nnx.split(model)
     twin = nnx.merge(graphdef, state)
-    object.__setattr__(twin, "__class__", type(model)._unquantized_type)
     for _, module in nnx.iter_modules(twin):
+        object.__setattr__(module, "__class__", getattr(type(module), "_unquantized_type", type(module)))
         for name, value in list(vars(module).items()):
             if isinstance(value, qwix.WithAux):
                 setattr(module, name, nnx.Param(qwix.dequantize(value.unboxed)))

@@ -133,7 +133,9 @@ def _initialize(
     writes = lambda path, name, value: _put(params, path, name, value)
     scales = StaticScales(lambda path, name: _get(params, path, name), writes)
     provider.finish()
-    return _run(provider, scales, model, lambda: apply({**variables, **before, **stored}))
+    output = _run(provider, scales, model, lambda: apply({**variables, **before, **stored}))
+    scales.finish()
+    return output
 
 
 def _discover(

@@ -1,7 +1,8 @@
 """The class of a converted model: a subclass of the model's own, of the same name, whose methods run
 quantized.
 
-Its instances can be pickled: they remember how their class is made.
+Its instances can be pickled: they remember how their class is made. It's made once per provider, so equal
+layers have equal types.
 """
 
 from __future__ import annotations
@@ -38,6 +39,18 @@ def check_method(cls: type, method: str) -> None:
         )
 
 
+def public_methods(cls: type, base: type) -> tuple[str, ...]:
+    """The methods that a class has over `base` and whose names say that anyone may call them."""
+    names: dict[str, None] = {}
+    for owner in cls.__mro__:
+        if owner not in base.__mro__:
+            for name, value in vars(owner).items():
+                is_method = callable(value) and not isinstance(value, type | staticmethod)
+                if is_method and (name == "__call__" or not name.startswith("_")):
+                    names.setdefault(name)
+    return tuple(names)
+
+
 def running(provider: qconfig.QuantizationProvider) -> bool:
     """Whether a call of a model of this provider is going on, on this thread."""
     return any(run.provider is provider for run in qconfig.all_runs())
@@ -45,13 +58,20 @@ def running(provider: qconfig.QuantizationProvider) -> bool:
 
 def make(base: type, provider: qconfig.QuantizationProvider, methods: Sequence[str], call: Call) -> type:
     """The subclass. A call inside such a call is a plain one."""
+    key = base, tuple(methods), call
+    if key not in provider.classes:
+        provider.classes[key] = _make(base, provider, tuple(methods), call)
+    return provider.classes[key]
+
+
+def _make(base: type, provider: qconfig.QuantizationProvider, methods: tuple[str, ...], call: Call) -> type:
     namespace: dict[str, Any] = {
         "_qwix_provider": provider,
         "_unquantized_type": base,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "__reduce__": functools.partialmethod(_reduce, tuple(methods), call),
+        "__reduce__": functools.partialmethod(_reduce, methods, call),
     }
     for method in methods:
         namespace[method] = _method(base, provider, method, call)

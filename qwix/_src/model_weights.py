@@ -7,7 +7,7 @@ they come from. No array is made or copied.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -44,9 +44,14 @@ def op_name(primitive: Any) -> str:
 class Discovery:
     """The handler of the abstract run. `found` is its result."""
 
+    by_layer = unrolls = False
+
     def __init__(self, provider: qconfig.QuantizationProvider):
         self.provider = provider
         self.found: dict[Key, Found] = {}
+
+    def bookmark(self) -> Callable[[], None]:
+        return qconfig.bookmark()
 
     def tagged(self, trace: op_trace.OpTrace, args: Sequence[Any], params: dict[str, Any]) -> Any:
         return op_trace.tagged_weight(trace, args, params)
@@ -64,6 +69,9 @@ class Discovery:
         (row_axis,) = params["dimension_numbers"].start_index_map
         self._note(op_plan.plan_lookup(self.provider, args[0], row_axis), args, params)
         return trace.bind(primitive, args, params)
+
+    def opaque(self, name: str, args: Sequence[Any]) -> None:
+        note_opaque(self.provider, name, args)
 
     def _note(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> None:
         weight = None if plan.weight_side is None else args[plan.weight_side]
@@ -91,13 +99,19 @@ class Discovery:
             info = dataclasses.replace(weight.info, rule=plan.rule)
             found = self.found[key] = Found(info, how, [], weight_view.lifted(weight.steps))
         elif weight_view.runs_of(found.how, shape) != weight_view.runs_of(how, shape):
-            return plan.keep_float(
-                "the weight is quantized for another op, with scales that don't suit this one"
-            ), None
+            return self._conflict(plan, weight, "with scales that don't suit this one"), None
         elif found.how.qtype != how.qtype:
-            return plan.keep_float(f"the weight is quantized to {found.how.qtype} for another op"), None
+            return self._conflict(plan, weight, f"to {found.how.qtype}"), None
         found.records.append((plan.path, plan.op_id))
         return plan, found.how
+
+    def _conflict(self, plan: OpPlan, weight: WeightTracer, what: str) -> OpPlan:
+        self.provider._warn_once(
+            f"The op {plan.op_id} in {plan.path!r} stays float: its weight {weight.info.full_path!r} is "
+            f"quantized for another op, {what}. Give one of the ops a rule without weight_qtype, or each a "
+            "param of its own."
+        )
+        return plan.keep_float(f"the weight is quantized for another op, {what}")
 
 
 def make_record(
@@ -105,21 +119,7 @@ def make_record(
 ) -> OpRecord:
     """What a report says of the op. `how` is the weight's, in the param's layout."""
     weight = None if plan.weight_side is None else args[plan.weight_side]
-    facts: dict[str, Any] = {}
-    if weight is not None:
-        shape = weight.steps[0].old if weight.steps else tuple(weight.shape)
-        dtype = weight.payload.dtype
-        abstract = jax.ShapeDtypeStruct(shape, dtype)
-        before = after = device_bytes(abstract)
-        if how is not None:
-            after = device_bytes(op_plan.quantized_shape(shape, dtype, how))
-        facts = {
-            "weight": weight.info.name,
-            "weight_shape": shape,
-            "weight_dtype": str(dtype),
-            "device_bytes_before": before,
-            "device_bytes_after": after,
-        }
+    facts = {} if weight is None else _weight_facts(weight, how)
     quantized_act = next((h.qtype for h in plan.act_hows if h is not None), None)
     return OpRecord(
         path=plan.path,
@@ -132,8 +132,42 @@ def make_record(
         act_qtype=quantized_act,
         problem=_problem(plan, args, params),
         reason=plan.reason,
+        dynamic_because=plan.dynamic_because,
         **facts,
     )
+
+
+def _weight_facts(weight: WeightTracer, how: qarray.HowToQuantize | None) -> dict[str, Any]:
+    shape = weight.steps[0].old if weight.steps else tuple(weight.shape)
+    dtype = weight.payload.dtype
+    before = after = device_bytes(jax.ShapeDtypeStruct(shape, dtype))
+    if how is not None:
+        after = device_bytes(op_plan.quantized_shape(shape, dtype, how))
+    return {
+        "weight": weight.info.name,
+        "weight_shape": shape,
+        "weight_dtype": str(dtype),
+        "device_bytes_before": before,
+        "device_bytes_after": after,
+    }
+
+
+def note_opaque(provider: qconfig.QuantizationProvider, name: str, args: Sequence[Any]) -> None:
+    """Notes an op whose contractions nobody looks at, once per weight that it gets."""
+    weights: list[Any] = [a for a in args if isinstance(a, WeightTracer)]
+    for weight in weights or [None]:
+        path = op_plan.module_path(weight)
+        rule, op_id = provider._get_current_rule_and_op_id(name, path=path)
+        facts = {} if weight is None else _weight_facts(weight, None)
+        record = OpRecord(
+            path=path,
+            op=name,
+            op_id=str(op_id),
+            rule=rule,
+            reason=f"what is inside {name} stays float",
+            **facts,
+        )
+        provider.records.setdefault((path, str(op_id)), record)
 
 
 def _problem(plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> Any:
@@ -141,10 +175,9 @@ def _problem(plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> Any:
     if plan.reason is not None or plan.op not in ("dot_general", "einsum"):
         return None
     sides: list[Any] = [jax.ShapeDtypeStruct(tuple(a.shape), a.dtype) for a in args[:2]]
-    static = plan.rule is not None and plan.rule.act_static_scale
     dynamic: dict[int, qarray.HowToQuantize] = {}
     for side, how in enumerate(plan.act_hows):
-        if how is not None and plan.weight_side is not None and not static:
+        if how is not None and plan.weight_side is not None and not plan.is_static:
             dynamic[side] = how
         elif how is not None:
             sides[side] = op_plan.quantized_shape(sides[side].shape, sides[side].dtype, how)

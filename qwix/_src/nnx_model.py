@@ -3,6 +3,9 @@
 The new model is a merge of the old one's graph and state: new objects that hold the same arrays, so nothing
 is cloned. Weights are then quantized one at a time; until all are, nobody has a reference to the new model,
 so an error leaves nothing half-changed.
+
+Every module that holds a quantized weight, or has one below it, gets a class of model_class, so each can be
+called by itself, by any of its methods, and computes what it does inside the model.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flax.nnx import bridge
 
 from qwix._src import interception, model_class, op_trace, qconfig, standard_layers
 from qwix._src.core import qarray
@@ -42,23 +46,38 @@ def quantize_nnx_model(
     graphdef, state = nnx.split(model)
     # `merge` takes the variables as they are: these are new ones with the same arrays.
     fresh = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
-    object.__setattr__(fresh, "__class__", base)
+    for _, module in nnx.iter_modules(fresh):
+        object.__setattr__(module, "__class__", model_class.original(type(module)))
     kwargs = dict(kwargs)
     rngs = _pop_rngs(base, methods, kwargs)
     run_once = not kwargs.pop("skip_nnx_init", False) and bool(inputs or kwargs)
     if isinstance(provider, BoxedParamProvider):
+        _warn_of_bridges(fresh, provider)
         if run_once:
             found = discover(fresh, provider, _caller(methods), (tuple(inputs), kwargs))
         else:
             found = discover(fresh, provider, lambda shadow: standard_layers.call_all(shadow), ())
             _warn_of_others(fresh, provider, found)
         convert(fresh, provider, found)
-    object.__setattr__(fresh, "__class__", model_class.make(base, provider, methods, call))
+        _change_classes(fresh, provider)
+    else:
+        object.__setattr__(fresh, "__class__", model_class.make(base, provider, methods, call))
     needs_values = not isinstance(provider, BoxedParamProvider)  # it makes its variables as the model runs
     if run_once and (needs_values or any(rule.act_static_scale for rule in provider._rules)):
         _first_run(fresh, inputs, kwargs, methods, rngs)
     provider.finish()
     return fresh
+
+
+def _change_classes(model: nnx.Module, provider: qconfig.QuantizationProvider) -> None:
+    quantized = {
+        s.path[:n] for s in slots(model) if isinstance(s.value, WithAux) for n in range(len(s.path) + 1)
+    }
+    for path, module in list(nnx.iter_modules(model)):
+        cls = type(module)
+        if _keys(path) in quantized | {()} and not isinstance(module, nnx.List | nnx.Dict):
+            methods = model_class.public_methods(cls, nnx.Module)
+            object.__setattr__(module, "__class__", model_class.make(cls, provider, methods, call))
 
 
 def _pop_rngs(base: type, methods: Sequence[str], kwargs: dict[str, Any]) -> nnx.Rngs | None:
@@ -99,6 +118,16 @@ def _caller(methods: Sequence[str]) -> Callable[..., None]:
             getattr(shadow, method)(*args, **kwargs)
 
     return call_methods
+
+
+def _warn_of_bridges(model: nnx.Module, provider: qconfig.QuantizationProvider) -> None:
+    for path, module in nnx.iter_modules(model):
+        name = "/".join(map(str, path))
+        if isinstance(module, bridge.ToNNX) and provider.may_match(name):
+            provider._warn_once(
+                f"The params of {name!r} stay float: it's a Linen module inside an NNX model (ToNNX), which "
+                "keeps its params as Linen wants them."
+            )
 
 
 def _warn_of_others(
@@ -173,7 +202,7 @@ def _abstract(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
 def _plant(shadow: nnx.Module, trace: op_trace.OpTrace) -> None:
     """Makes every param a weight that knows where it comes from."""
     for slot in slots(shadow):
-        if isinstance(slot.value, nnx.Param):
+        if isinstance(slot.value, nnx.Param) and not isinstance(slot.owner, bridge.ToNNX):
             raw = slot.value.get_raw_value()
             if hasattr(raw, "dtype") and not isinstance(raw, WeightTracer):
                 info = WeightInfo(slot.path, slot.name)
@@ -213,12 +242,36 @@ def _first_run(
 ) -> None:
     """Runs the converted model on the sample inputs, which finds static scales."""
     set_attributes(model, disable_quant_stats_update=True, qwix_rngs=rngs, _qwix_converting=True)
-    for method in methods:
-        getattr(model, method)(*inputs, **kwargs)
+    leaves = jax.tree.leaves((nnx.state(model), _abstract((tuple(inputs), dict(kwargs)))[0]))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        _first_abstract_run(model, inputs, kwargs, methods)
+    else:
+        _caller(methods)(model, inputs, kwargs)
     for _, module in nnx.iter_modules(model):
         for name in ("disable_quant_stats_update", "qwix_rngs", "_qwix_converting"):
             if name in vars(module):
                 delattr(module, name)
+
+
+def _first_abstract_run(
+    model: nnx.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any], methods: Sequence[str]
+) -> None:
+    """Gives the model the static scales that a run would make, as shapes."""
+    leaves, rebuild = _abstract((model, tuple(inputs), dict(kwargs)))
+    places: list[tuple[tuple[str | int, ...], str]] = []
+
+    def run(*leaves: Any) -> list[WithAux]:
+        shadow, *arguments = rebuild(leaves)
+        _caller(methods)(shadow, *arguments)
+        found = [slot for slot in slots(shadow) if isinstance(slot.value, WithAux)]
+        places[:] = [(slot.path, slot.name) for slot in found]
+        return [slot.value for slot in found]
+
+    made = jax.eval_shape(run, *leaves)
+    modules = {_keys(path): module for path, module in nnx.iter_modules(model)}
+    for (path, name), value in zip(places, made, strict=True):
+        if not hasattr(modules[path], name):
+            setattr(modules[path], name, value)
 
 
 def set_attributes(model: nnx.Module, **attributes: Any) -> None:
@@ -231,14 +284,16 @@ def set_attributes(model: nnx.Module, **attributes: Any) -> None:
 def call(
     provider: qconfig.QuantizationProvider, base: type, method: str, model: Any, args: Any, kwargs: Any
 ) -> Any:
-    """One call of a converted model."""
+    """One call of a converted model, or of a module of it."""
     model, args, kwargs = provider.process_model_inputs(model, args, kwargs)
     fn = getattr(base, method)
-    with flax_util.nnx_paths(model), qconfig.running(provider):
+    prefix = _path(model)
+    with flax_util.nnx_paths(model, prefix), qconfig.running(provider):
         if isinstance(provider, BoxedParamProvider):
-            handler = provider.op_handler(_static_scales(model), strict=False)
+            scales = _static_scales(model, prefix)
             run = _intercepted(provider, op_trace.run)
-            output = run(handler, lambda _: fn(model, *args, **kwargs))
+            output = run(provider.op_handler(scales, strict=False), lambda _: fn(model, *args, **kwargs))
+            scales.finish()
         else:
             output = _intercepted(provider, fn)(model, *args, **kwargs)
     return provider.process_model_output(method, output)
@@ -250,21 +305,32 @@ def _intercepted(provider: qconfig.QuantizationProvider, fn: Callable[..., Any])
     return fn
 
 
-def _static_scales(model: nnx.Module) -> StaticScales:
+def _path(model: nnx.Module) -> tuple[str | int, ...]:
+    """Where in the converted model this module is: its weights know."""
+    for slot in slots(model):
+        if isinstance(slot.value, WithAux) and slot.value.info and slot.value.info.path is not None:
+            whole = slot.value.info.path
+            start = len(whole) - len(slot.path)
+            if whole[start:] == slot.path:
+                return whole[:start]
+    return ()
+
+
+def _static_scales(model: nnx.Module, prefix: tuple[str | int, ...]) -> StaticScales:
     """The model's own attributes. They can be made while it's being converted."""
-    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    modules = {"/".join(map(str, (*prefix, *path))): module for path, module in nnx.iter_modules(model)}
 
     def read(path: str, name: str) -> Any:
         return getattr(modules.get(path), name, None)
 
     def write(path: str, name: str, value: WithAux) -> None:
         setattr(modules[path], name, value.replace(array=nnx.Param(value.array)))
+        stat = name.removesuffix("_scale")
+        if isinstance(getattr(modules[path], stat, None), flax_util.QuantStat):
+            delattr(modules[path], stat)  # it's in the scale now
 
     def stats(path: str, name: str) -> Any:
         stat = getattr(modules.get(path), name, None)
-        if not isinstance(stat, flax_util.QuantStat):
-            return None
-        delattr(modules[path], name)
-        return stat.get_value()
+        return stat.get_value() if isinstance(stat, flax_util.QuantStat) else None
 
     return StaticScales(read, write if getattr(model, "_qwix_converting", False) else None, stats)

@@ -33,6 +33,12 @@ class OpPlan:
     weight_how: qarray.HowToQuantize | None = None  # in the layout in which the op gets the weight
     act_hows: tuple[qarray.HowToQuantize | None, qarray.HowToQuantize | None] = (None, None)
     reason: str | None = None  # why it stays float; None: it's quantized
+    dynamic_because: str | None = None  # why activations have no static scale, against the rule's wish
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the activations of this op have static scales."""
+        return self.rule is not None and bool(self.rule.act_static_scale) and self.dynamic_because is None
 
     def keep_float(self, reason: str) -> OpPlan:
         return dataclasses.replace(self, weight_how=None, act_hows=(None, None), reason=reason)

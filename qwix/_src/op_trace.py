@@ -12,8 +12,11 @@ Invariants
   float one.
 - Values that aren't weights are those of the parent trace. Flax therefore sees one trace level, and eager
   code still gets concrete arrays.
-- Kernels (`pallas_call`, `pl.kernel`), `shard_map` and functions with custom derivatives are one op each:
-  what's inside them isn't looked at.
+- Kernels (`pallas_call`, `pl.kernel`) and `shard_map` are one op each: what's inside them isn't looked at. So
+  are functions with custom derivatives, unless they compute with a weight: then their body is evaluated op
+  by op, and has the derivative of what it does.
+- Op counters start again for each evaluation of one program, so an op has one name however often JAX traces
+  it.
 """
 
 from __future__ import annotations
@@ -23,9 +26,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax._src import core as jcore
 from jax._src import source_info_util
+from jax._src.interpreters import partial_eval as pe
 
 from qwix._src import weight_view
 from qwix._src.weight import WeightInfo, WeightTracer, float_type, materialize, tag_p
@@ -33,10 +39,27 @@ from qwix._src.weight import WeightInfo, WeightTracer, float_type, materialize, 
 # The ops a handler decides about.
 CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 _JIT = ("jit", "pjit", "closed_call", "core_call")
+_CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+
+# Where an op is: the indices of the scans over layers around it. None: in a loop or a branch, whose ops run
+# any number of times.
+Layer = tuple[Any, ...] | None
 
 
 class Handler(Protocol):
-    """What happens to the ops that matter. `args` hold WeightTracers where an operand is a weight."""
+    """What happens to the ops that matter. `args` hold WeightTracers where an operand is a weight.
+
+    Attributes:
+      by_layer: ops are told which layer of a scan they are in.
+      unrolls: scans over layers are evaluated one layer after the other, and remat isn't done.
+    """
+
+    by_layer: bool
+    unrolls: bool
+
+    def bookmark(self) -> Callable[[], None]:
+        """Returns what sets the op counters back to where they are now."""
+        ...
 
     def tagged(self, trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> Any:
         """A stored weight enters the model: returns what the model's code sees of it."""
@@ -50,16 +73,21 @@ class Handler(Protocol):
         """A gather of whole rows of a weight."""
         ...
 
+    def opaque(self, name: str, args: Sequence[Any]) -> None:
+        """An op with contractions in it that stays as it is. `args`: weights may be among them."""
+        ...
+
 
 class OpTrace(jcore.Trace):
     """The trace that a model runs under. `parent` is the one that was current outside."""
 
-    __slots__ = ("handler", "parent")
+    __slots__ = ("handler", "layer", "parent")
 
-    def __init__(self, parent: jcore.Trace, handler: Handler):
+    def __init__(self, parent: jcore.Trace, handler: Handler, layer: Layer = ()):
         super().__init__()
         self.parent = parent
         self.handler = handler
+        self.layer = layer
         # Flax compares these references to forbid mutation across trace levels, and this isn't a level of
         # its own.
         self._weakref: Any = parent._weakref
@@ -87,10 +115,41 @@ class OpTrace(jcore.Trace):
         return self.bind(primitive, args, params)
 
     def process_custom_jvp_call(self, primitive, fun, jvp, args, /, *, symbolic_zeros):
-        return self.bind(primitive, args, {"subfuns": (fun, jvp), "symbolic_zeros": symbolic_zeros})
+        params = {"subfuns": (fun, jvp), "symbolic_zeros": symbolic_zeros}
+        return self._custom(primitive, fun, args, params)
 
     def process_custom_vjp_call(self, primitive, fun, fwd, bwd, args, /, *, out_trees, symbolic_zeros):
         params = {"subfuns": (fun, fwd, bwd), "out_trees": out_trees, "symbolic_zeros": symbolic_zeros}
+        return self._custom(primitive, fun, args, params)
+
+    def process_shard_map(self, primitive: Any, fun: Any, args: Sequence[Any], /, **params: Any) -> Any:
+        inside = _Inside(self.handler)
+
+        def body(*args: Any) -> Any:
+            return run(inside, lambda _: fun(*args).map(materialize))
+
+        out = self.bind(primitive, args, params | {"subfuns": (body,)})
+        if inside.contracts:
+            self.handler.opaque(primitive.name, [*args, *inside.weights])
+        return out
+
+    def _custom(self, primitive: Any, fun: Any, args: Sequence[Any], params: dict[str, Any]) -> Any:
+        """A function with custom derivatives: evaluated op by op if it computes with a weight.
+
+        An elementwise function of weights and activations (a norm) stays as it is.
+        """
+        with jcore.set_current_trace(self.parent):
+            jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(fun, [jcore.typeof(a) for a in args])
+        weights = [isinstance(x, WeightTracer) for x in (*consts, *args)]
+        contracts = _is_interesting(jaxpr)
+        if (contracts and (any(weights) or _has_tag(jaxpr))) or (weights and all(weights)):
+            with jcore.set_current_trace(self):
+                return list(jcore.eval_jaxpr(jaxpr, consts, *args))
+        if contracts:
+            self.handler.opaque(primitive.name, args)
+        for store in fun.stores:  # `fun` has been called, and will be again
+            if store is not None:
+                store.reset()
         return self.bind(primitive, args, params)
 
     def bind(self, primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> Any:
@@ -104,10 +163,34 @@ class OpTrace(jcore.Trace):
             return fn(*args, **kwargs)
 
 
-def run(handler: Handler, fn: Callable[[OpTrace], Any]) -> Any:
+class _Inside:
+    """The handler of what stays as it is: weights from outside are floats there."""
+
+    by_layer = unrolls = False
+
+    def __init__(self, outer: Handler):
+        self.bookmark = outer.bookmark
+        self.contracts = False
+        self.weights: list[WeightTracer] = []
+
+    def tagged(self, trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> Any:
+        return tagged_weight(trace, args, params)
+
+    def contraction(self, trace: OpTrace, primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> Any:
+        self.contracts = True
+        self.weights += [a for a in args if isinstance(a, WeightTracer)]
+        return trace.bind(primitive, args, params)
+
+    lookup = contraction
+
+    def opaque(self, name: str, args: Sequence[Any]) -> None:
+        self.contracts = True
+
+
+def run(handler: Handler, fn: Callable[[OpTrace], Any], layer: Layer = ()) -> Any:
     """Calls `fn` under a new OpTrace; weights among the leaves of its result come back as float arrays."""
     with jcore.take_current_trace() as parent:
-        trace = OpTrace(parent, handler)
+        trace = OpTrace(parent, handler, layer)
         with jcore.set_current_trace(trace):
             out = fn(trace)
             if any(isinstance(x, WeightTracer) for x in jax.tree.leaves(out)):
@@ -137,13 +220,22 @@ def _evaluate(jaxpr: jcore.Jaxpr, args: Sequence[Any]) -> list[Any]:
     return list(jcore.eval_jaxpr(jaxpr, jaxpr.consts, *args))
 
 
-def _evaluate_in(handler: Handler, jaxpr: jcore.Jaxpr, args: Sequence[Any]) -> list[Any]:
-    """Evaluates a body inside another JAX transformation, which has a trace of its own."""
+def _body(trace: OpTrace, jaxpr: jcore.Jaxpr) -> Callable[..., list[Any]]:
+    """What evaluates a body inside another JAX transformation, which has a trace of its own.
 
-    def body(trace: OpTrace) -> list[Any]:
-        return _evaluate(jaxpr, [a.moved_to(trace) if isinstance(a, WeightTracer) else a for a in args])
+    Called with the args of the body and the layer it's in.
+    """
+    handler, restart = trace.handler, trace.handler.bookmark()
 
-    return run(handler, body)
+    def evaluate(args: Sequence[Any], layer: Layer) -> list[Any]:
+        def body(inner: OpTrace) -> list[Any]:
+            moved = [a.moved_to(inner) if isinstance(a, WeightTracer) else a for a in args]
+            return _evaluate(jaxpr, moved)
+
+        restart()
+        return run(handler, body, layer)
+
+    return evaluate
 
 
 def _call(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
@@ -164,14 +256,15 @@ def _split(args: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[Any]], li
 
 
 def _remat(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    if trace.handler.unrolls:
+        return _call(trace, args, params)
     plain, join = _split(args)
     prevent_cse = params["prevent_cse"]
     if isinstance(prevent_cse, tuple):
         prevent_cse = any(prevent_cse)
+    evaluate = _body(trace, params["jaxpr"])
     body = jax.checkpoint(
-        lambda *new: _evaluate_in(trace.handler, params["jaxpr"], join(new)),
-        prevent_cse=prevent_cse,
-        policy=params["policy"],
+        lambda *new: evaluate(join(new), trace.layer), prevent_cse=prevent_cse, policy=params["policy"]
     )
     return trace.outside(body, *plain)
 
@@ -182,38 +275,57 @@ def _scan(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> list[A
     stacked = [x.scanned() if isinstance(x, WeightTracer) else x for x in xs]
     rows = [x.row() if isinstance(x, WeightTracer) else None for x in stacked]
     leaves = [x.payload if isinstance(x, WeightTracer) else x for x in stacked]
+    evaluate = _body(trace, params["jaxpr"])
+    layered = trace.handler.by_layer and _scans_weights(params["jaxpr"], len(consts) + len(carry), xs)
 
-    def body(carry: list[Any], leaves: list[Any]) -> tuple[list[Any], list[Any]]:
+    def body(carry: list[Any], step: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
+        index, leaves = step
         row = [leaf if r is None else r.with_payload(leaf) for r, leaf in zip(rows, leaves, strict=True)]
-        outs = _evaluate_in(trace.handler, params["jaxpr"], [*consts, *carry, *row])
+        layer = (*trace.layer, index) if layered and trace.layer is not None else None
+        outs = evaluate([*consts, *carry, *row], layer)
         return outs[: len(carry)], outs[len(carry) :]
 
     options = {k: params[k] for k in ("length", "reverse", "unroll")}
-    carry, ys = trace.outside(lax.scan, body, carry, leaves, **options)
+    if layered and trace.handler.unrolls and params["length"]:
+        carry, ys = trace.outside(_unrolled, body, carry, leaves, **options)
+    else:
+        indices = np.arange(params["length"], dtype=np.int32) if layered else None
+        carry, ys = trace.outside(lax.scan, body, carry, (indices, leaves), **options)
     return [*carry, *ys]
+
+
+def _unrolled(
+    body: Callable[..., Any], carry: Any, leaves: Any, *, length: int, reverse: bool, unroll: Any
+) -> tuple[Any, Any]:
+    """`lax.scan`, one step after the other, where every step knows its number."""
+    del unroll
+    ys: list[Any] = [None] * length
+    for i in reversed(range(length)) if reverse else range(length):
+        carry, ys[i] = body(carry, (i, jax.tree.map(lambda leaf, i=i: leaf[i], leaves)))
+    return carry, jax.tree.map(lambda *rows: jnp.stack(rows), *ys)
 
 
 def _cond(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
     plain, join = _split(args[1:])
-    branches = [
-        lambda *new, jaxpr=jaxpr: _evaluate_in(trace.handler, jaxpr, join(new))
-        for jaxpr in params["branches"]
-    ]
+    bodies = [_body(trace, jaxpr) for jaxpr in params["branches"]]
+    branches = [lambda *new, evaluate=evaluate: evaluate(join(new), None) for evaluate in bodies]
     return trace.outside(lax.switch, materialize(args[0]), branches, *plain)
 
 
 def _while(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
     first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     cond_consts, body_consts, init = args[:first], args[first:second], args[second:]
+    condition, body = _body(trace, params["cond_jaxpr"]), _body(trace, params["body_jaxpr"])
     return trace.outside(
         lax.while_loop,
-        lambda c: _evaluate_in(trace.handler, params["cond_jaxpr"], [*cond_consts, *c])[0],
-        lambda c: _evaluate_in(trace.handler, params["body_jaxpr"], [*body_consts, *c]),
+        lambda c: condition([*cond_consts, *c], None)[0],
+        lambda c: body([*body_consts, *c], None),
         [materialize(c) for c in init],
     )
 
 
 _CALLS = dict.fromkeys(_JIT, _call) | {"remat2": _remat, "scan": _scan, "cond": _cond, "while": _while}
+_INSIDE = (*_CALLS, *_CUSTOM, "shard_map")
 _INTERESTING: weakref.WeakKeyDictionary[jcore.Jaxpr, bool] = weakref.WeakKeyDictionary()
 
 
@@ -224,10 +336,39 @@ def _is_interesting(jaxpr: jcore.Jaxpr) -> bool:
         found = any(
             eqn.primitive is tag_p
             or eqn.primitive.name in CONTRACTIONS
-            or (
-                eqn.primitive.name in _CALLS and any(map(_is_interesting, jcore.jaxprs_in_params(eqn.params)))
-            )
+            or (eqn.primitive.name in _INSIDE and any(map(_is_interesting, _jaxprs(eqn))))
             for eqn in jaxpr.eqns
         )
         _INTERESTING[jaxpr] = found
     return found
+
+
+def _jaxprs(eqn: jcore.JaxprEqn) -> list[jcore.Jaxpr]:
+    return list(jcore.jaxprs_in_params(eqn.params))
+
+
+def _has_tag(jaxpr: jcore.Jaxpr) -> bool:
+    return any(eqn.primitive is tag_p or any(map(_has_tag, _jaxprs(eqn))) for eqn in jaxpr.eqns)
+
+
+def _scans_weights(jaxpr: jcore.Jaxpr, start: int, xs: Sequence[Any]) -> bool:
+    """Whether a scan's body gets weights from the xs, which are its args from `start` on."""
+    if any(isinstance(x, WeightTracer) for x in xs):
+        return True
+    return _tags(jaxpr, [i >= start for i in range(len(jaxpr.invars))])
+
+
+def _tags(jaxpr: jcore.Jaxpr, given: Sequence[bool]) -> bool:
+    """Whether something made of the given inputs is marked as a weight."""
+    known = {v for v, g in zip(jaxpr.invars, given, strict=True) if g}
+    for eqn in jaxpr.eqns:
+        flags = [not isinstance(v, jcore.Literal) and v in known for v in eqn.invars]
+        if not any(flags):
+            continue
+        if eqn.primitive is tag_p:
+            return True
+        for inner in _jaxprs(eqn) if eqn.primitive.name in _INSIDE else ():
+            if _tags(inner, flags[len(flags) - len(inner.invars) :]):
+                return True
+        known.update(eqn.outvars)
+    return False

@@ -143,6 +143,19 @@ def current_run() -> Run | None:
     return _runs.stack[-1] if _runs.stack else None
 
 
+def bookmark() -> Callable[[], None]:
+    """Returns what sets the op counters of the current run back to where they are now."""
+    run = current_run()
+    if run is None:
+        return lambda: None
+    counts = run.counts.copy()
+
+    def restart() -> None:
+        run.counts = counts.copy()
+
+    return restart
+
+
 def all_runs() -> Sequence[Run]:
     """All calls of quantized models that are going on, on this thread."""
     return tuple(_runs.stack)
@@ -201,6 +214,7 @@ class QuantizationProvider:
         self._token = next(self._tokens)
         self.disable_jit = disable_jit
         self.records: dict[tuple[str, str], OpRecord] = {}
+        self.classes: dict[Any, type] = {}  # of converted models, see model_class
 
     @property
     def token(self) -> int:
@@ -221,7 +235,7 @@ class QuantizationProvider:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "_token"}
+        return {k: v for k, v in vars(self).items() if k != "_token"} | {"classes": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _token=next(self._tokens))
@@ -341,6 +355,7 @@ __all__ = [
     "Run",
     "TileSize",
     "all_runs",
+    "bookmark",
     "current_run",
     "get_current_rule",
     "running",

@@ -104,7 +104,8 @@ def _schema(record: OpRecord) -> str:
         return "float"
     if record.act_qtype is None:
         return "weight-only"
-    return "static-range" if record.rule is not None and record.rule.act_static_scale else "dynamic-range"
+    static = record.rule is not None and record.rule.act_static_scale and record.dynamic_because is None
+    return "static-range" if static else "dynamic-range"
 
 
 def _scheme(record: OpRecord) -> str | None:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,6 +61,11 @@ def from_quant_stat(stat: Mapping[str, jax.Array], how: qarray.HowToQuantize, pa
 class StaticScales:
     """Where a model keeps its static scales.
 
+    They are stored by `finish`, when the run is over: while it lasts, Flax's transformations restore modules
+    to what they were before.
+
+    A module whose params are stacked along axis 0, for a scan over layers, has its scales stacked likewise.
+
     Args:
       read: (module path, name) -> the stored WithAux or array, or None.
       write: (module path, name, value) stores one; None where the model's params can't change any more.
@@ -74,27 +79,67 @@ class StaticScales:
         stats: Callable[[str, str], Mapping[str, jax.Array] | None] = lambda path, name: None,
     ):
         self.read, self.write, self.stats = read, write, stats
+        self._whole: dict[tuple[str, str], tuple[qarray.HowToQuantize, Params]] = {}
+        self._rows: dict[tuple[str, str], tuple[qarray.HowToQuantize, dict[tuple[int, ...], Params]]] = {}
 
-    def get(self, path: str, name: str, make: Callable[[], Params], how: qarray.HowToQuantize) -> Params:
-        """The stored scale and zero point of an activation; made and stored if that's possible."""
-        scale = self.read(path, f"{name}_scale")
-        if scale is not None:
-            zero_point = self.read(path, f"{name}_zero_point")
-            return _array(scale), None if zero_point is None else _array(zero_point)
+    def get(
+        self,
+        path: str,
+        name: str,
+        make: Callable[[], Params],
+        how: qarray.HowToQuantize,
+        layer: Sequence[Any] = (),
+    ) -> Params:
+        """The scale and zero point of an activation, for this layer of the scans around it; made and kept
+        for `finish` if that's possible.
+        """
+        whole = self._stored(path, name, how)
+        if whole is not None:
+            return jax.tree.map(lambda x: _row(x, layer), whole)
         if self.write is None:
             raise ValueError(
                 f"The model has no {name}_scale in {path!r}. Static scales are found while the model "
                 "is converted: by quantize_model with sample inputs (NNX), or by init and by quantize_params "
                 "with quant_stats (Linen)."
             )
-        stat = self.stats(path, name)
-        params = make() if stat is None else from_quant_stat(stat, how, f"{path}/{name}")
-        for suffix, value in zip(("scale", "zero_point"), params, strict=True):
-            if value is not None:
-                info = WeightInfo(tuple(path.split("/")) if path else (), f"{name}_{suffix}")
-                self.write(path, f"{name}_{suffix}", WithAux(value, how, info))
+        params = make()
+        self._rows.setdefault((path, name), (how, {}))[1][tuple(layer)] = params
         return params
+
+    def _stored(self, path: str, name: str, how: qarray.HowToQuantize) -> Params | None:
+        scale = self.read(path, f"{name}_scale")
+        if scale is not None:
+            zero_point = self.read(path, f"{name}_zero_point")
+            return _array(scale), None if zero_point is None else _array(zero_point)
+        stat = self.stats(path, name) if self.write is not None else None
+        if stat is not None and (path, name) not in self._whole:
+            self._whole[path, name] = how, from_quant_stat(stat, how, f"{path}/{name}")
+        return self._whole[path, name][1] if (path, name) in self._whole else None
+
+    def finish(self) -> None:
+        """Stores what was found in the run; scales of layers are stacked."""
+        for key, (how, rows) in self._rows.items():
+            order = sorted(rows)
+            lengths = [i + 1 for i in order[-1]]
+            stacked: Params = jax.tree.map(
+                lambda *leaves, lengths=lengths: jnp.stack(leaves).reshape(*lengths, *leaves[0].shape),
+                *(rows[i] for i in order),
+            )
+            self._whole[key] = how, stacked
+        for (path, name), (how, params) in self._whole.items():
+            for suffix, value in zip(("scale", "zero_point"), params, strict=True):
+                if value is not None and self.write is not None:
+                    info = WeightInfo(tuple(path.split("/")) if path else (), f"{name}_{suffix}")
+                    self.write(path, f"{name}_{suffix}", WithAux(value, how, info))
+        self._rows.clear()
+        self._whole.clear()
 
 
 def _array(stored: Any) -> Any:
     return stored.unboxed if isinstance(stored, WithAux) else stored
+
+
+def _row(array: jax.Array, layer: Sequence[Any]) -> jax.Array:
+    for index in layer:
+        array = jax.lax.dynamic_index_in_dim(array, index, keepdims=False)
+    return array

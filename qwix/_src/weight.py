@@ -32,6 +32,7 @@ class WeightInfo:
     path: tuple[str | int, ...] | None = dataclasses.field(compare=False)  # of the module; None: not known
     name: str = dataclasses.field(compare=False)
     rule: Any = None
+    mapped: bool = False  # it's several weights: those of layers under vmap
 
     @property
     def module_path(self) -> str | None:
@@ -151,7 +152,7 @@ def _batch(args: Sequence[Any], dims: Sequence[Any], *, treedef: Any, info: Weig
         jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
         for a, d in zip(args, dims, strict=True)
     ]
-    return tag_p.bind(*moved, treedef=treedef, info=info), 0
+    return tag_p.bind(*moved, treedef=treedef, info=dataclasses.replace(info, mapped=True)), 0
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:

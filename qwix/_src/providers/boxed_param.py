@@ -7,6 +7,7 @@ float op would have.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import types
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from qwix._src import op_plan, op_trace, qconfig, weight_view
 from qwix._src.core import conv_general, dot_general, qarray
-from qwix._src.model_weights import EINSUM_SCOPE, make_record, op_name, swapped
+from qwix._src.model_weights import EINSUM_SCOPE, make_record, note_opaque, op_name, swapped
 from qwix._src.op_plan import OpPlan
 from qwix._src.quantize_params import with_scale_shape
 from qwix._src.static_range import StaticScales, calibrated_act
@@ -86,6 +87,14 @@ class Executor:
         self.provider = provider
         self.scales = scales
         self.strict = strict
+        self.by_layer = any(rule.act_static_scale for rule in provider._rules)
+        self.unrolls = self.by_layer and scales.write is not None
+
+    def bookmark(self) -> Callable[[], None]:
+        return qconfig.bookmark()
+
+    def opaque(self, name: str, args: Sequence[Any]) -> None:
+        note_opaque(self.provider, name, args)
 
     def tagged(self, trace: op_trace.OpTrace, args: Sequence[Any], params: dict[str, Any]) -> Any:
         return op_trace.tagged_weight(trace, args, params)
@@ -94,12 +103,12 @@ class Executor:
         self, trace: op_trace.OpTrace, primitive: Any, args: Sequence[Any], params: dict[str, Any]
     ) -> Any:
         plan = op_plan.plan_contraction(self.provider, op_name(primitive), args, params)
-        plan = self._settled(plan, args)
+        plan = self._placed(self._settled(plan, args), args, trace.layer)
         self._record(plan, args, params)
         if plan.reason is not None:
             return trace.bind(primitive, args, params)
         op = self._convolution if plan.op == "conv_general_dilated" else self._dot
-        return trace.outside(op, plan, args, params)
+        return trace.outside(op, plan, args, params, trace.layer or ())
 
     def lookup(
         self, trace: op_trace.OpTrace, primitive: Any, args: Sequence[Any], params: dict[str, Any]
@@ -129,14 +138,34 @@ class Executor:
             )
         return plan.keep_float("the weight was not found at conversion; give quantize_model sample inputs")
 
+    def _placed(self, plan: OpPlan, args: Sequence[Any], layer: op_trace.Layer) -> OpPlan:
+        """The plan, given where the op is: there may be no place for its static scales."""
+        if plan.reason is not None or not plan.is_static or plan.act_hows == (None, None):
+            return plan
+        weight = None if plan.weight_side is None else args[plan.weight_side]
+        if weight is not None and weight.info.mapped:
+            where = "under vmap, where one op computes several layers"
+        elif layer is None:
+            where = "in a loop or a branch that isn't a scan over layers"
+        else:
+            return plan
+        self.provider._warn_once(
+            f"Activations of {plan.op_id} in {plan.path!r} are quantized dynamically, against their rule's "
+            f"act_static_scale: the op is {where}."
+        )
+        return dataclasses.replace(plan, dynamic_because=where)
+
     def _record(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> None:
         key = plan.path, plan.op_id
-        if key not in self.provider.records:
+        known = self.provider.records.get(key)
+        if known is None or (known.is_quantized and known.dynamic_because != plan.dynamic_because):
             how = None if plan.weight_side is None else plan.weight_how
-            self.provider.records[key] = make_record(plan, args, params, how)
+            record = make_record(plan, args, params, how)
+            quality = None if known is None else known.sqnr_db
+            self.provider.records[key] = dataclasses.replace(record, sqnr_db=quality)
 
     def _operands(
-        self, plan: OpPlan, args: Sequence[Any], *, fuse: bool
+        self, plan: OpPlan, args: Sequence[Any], layer: Sequence[Any], *, fuse: bool
     ) -> tuple[list[Any], qarray.HowToQuantize | None]:
         """Both sides as the op gets them, and how the kernel must quantize the activation, if it's left to
         it.
@@ -146,20 +175,22 @@ class Executor:
         for side, how in enumerate(plan.act_hows):
             if how is None:
                 continue
-            if plan.rule is not None and plan.rule.act_static_scale:
+            if plan.is_static:
                 name = f"{plan.op_id}_{('lhs', 'rhs')[side]}"
-                operands[side] = self._static(operands[side], how, plan, plan.rule, name)
+                operands[side] = self._static(operands[side], how, plan, name, layer)
             elif fuse and plan.weight_side == 1 - side:
                 act_how = how
             else:
                 operands[side] = self.provider._qarray.quantize(operands[side], how)
         return operands, act_how
 
-    def _dot(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> jax.Array:
+    def _dot(
+        self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any], layer: Sequence[Any]
+    ) -> jax.Array:
         """A dot in the parent trace. A weight goes to the right side, which is the one that kernels want it
         on.
         """
-        operands, act_how = self._operands(plan, args, fuse=True)
+        operands, act_how = self._operands(plan, args, layer, fuse=True)
         dnums, sharding, back = params["dimension_numbers"], params.get("out_sharding"), None
         if plan.weight_side == 0 and sharding is None:
             back = _swap_back(dnums, args)
@@ -177,21 +208,19 @@ class Executor:
         )
         return out if back is None else out.transpose(back)
 
-    def _convolution(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> jax.Array:
+    def _convolution(
+        self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any], layer: Sequence[Any]
+    ) -> jax.Array:
         """A convolution in the parent trace."""
-        operands, _ = self._operands(plan, args, fuse=False)
+        operands, _ = self._operands(plan, args, layer, fuse=False)
         options = params | {"preferred_element_type": _result_dtype(args, params)}
         return self.provider._conv_general_dilated_fn(*operands, **options)
 
     def _static(
-        self,
-        x: jax.Array,
-        how: qarray.HowToQuantize,
-        plan: OpPlan,
-        rule: qconfig.QuantizationRule,
-        name: str,
+        self, x: jax.Array, how: qarray.HowToQuantize, plan: OpPlan, name: str, layer: Sequence[Any]
     ) -> qarray.QArray:
-        scale, zero_point = self.scales.get(plan.path, name, lambda: calibrated_act(x, how, rule), how)
+        make = lambda: calibrated_act(x, how, plan.rule)
+        scale, zero_point = self.scales.get(plan.path, name, make, how, layer)
         return self.provider._qarray.quantize_with_scale_zero_point(x, how.qtype, scale, zero_point)
 
 

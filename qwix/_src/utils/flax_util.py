@@ -42,10 +42,12 @@ _paths = _Paths()
 
 
 @contextlib.contextmanager
-def nnx_paths(root: nnx.Module) -> Iterator[None]:
-    """Inside, NNX modules know their path from `root`. A shared module has the first one."""
+def nnx_paths(root: nnx.Module, prefix: Path = ()) -> Iterator[None]:
+    """Inside, NNX modules know their path from `root`, whose own is `prefix`. A shared module has the first
+    one.
+    """
     known: dict[int, Path] = {
-        id(module): tuple(p if isinstance(p, int) else str(p) for p in path)
+        id(module): (*prefix, *(p if isinstance(p, int) else str(p) for p in path))
         for path, module in nnx.iter_modules(root)
     }
     _paths.stack.append(known)
