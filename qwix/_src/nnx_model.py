@@ -92,12 +92,18 @@ def _pop_rngs(base: type, methods: Sequence[str], kwargs: dict[str, Any]) -> nnx
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A place that holds a param: `owner.name`, where the owner is reached by `path`."""
+    """A place that holds a param: the attribute or entry `name` of the owner, which is reached by `path`."""
 
-    owner: nnx.Module
+    owner: Any  # a module, or a dict or list in one
     path: tuple[str | int, ...]
-    name: str
+    name: Any
     value: Any
+
+    def put(self, value: Any) -> None:
+        if isinstance(self.owner, nnx.Module):
+            setattr(self.owner, str(self.name), value)
+        else:
+            self.owner[self.name] = value
 
 
 def _keys(path: Sequence[Any]) -> tuple[str | int, ...]:
@@ -106,10 +112,11 @@ def _keys(path: Sequence[Any]) -> tuple[str | int, ...]:
 
 def slots(model: nnx.Module) -> Iterator[Slot]:
     """All places of params, WithAux ones included; a shared param has several."""
-    for path, module in nnx.iter_modules(model):
-        for name, value in vars(module).items():
-            if isinstance(value, nnx.Param | WithAux):
-                yield Slot(module, _keys(path), str(name), value)
+    bridged = [_keys(path) for path, module in nnx.iter_modules(model) if isinstance(module, bridge.ToNNX)]
+    for owner, path, name, value in flax_util.nnx_values(model):
+        is_param = isinstance(value, nnx.Param | WithAux)
+        if is_param and not any(path[: len(prefix)] == prefix for prefix in bridged):
+            yield Slot(owner, path, name, value)
 
 
 def _caller(methods: Sequence[str]) -> Callable[..., None]:
@@ -135,7 +142,7 @@ def _warn_of_others(
 ) -> None:
     """Names the matrices that a rule may mean but whose ops nobody has seen."""
     seen = {path for path, _ in provider.records}
-    known = {id(slot.value) for slot in slots(model) if (*slot.path, slot.name) in found}
+    known = {id(slot.value) for slot in slots(model) if (*slot.path, str(slot.name)) in found}
     others = []
     for slot in slots(model):
         if id(slot.value) in known:
@@ -202,10 +209,10 @@ def _abstract(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
 def _plant(shadow: nnx.Module, trace: op_trace.OpTrace) -> None:
     """Makes every param a weight that knows where it comes from."""
     for slot in slots(shadow):
-        if isinstance(slot.value, nnx.Param) and not isinstance(slot.owner, bridge.ToNNX):
+        if isinstance(slot.value, nnx.Param):
             raw = slot.value.get_raw_value()
             if hasattr(raw, "dtype") and not isinstance(raw, WeightTracer):
-                info = WeightInfo(slot.path, slot.name)
+                info = WeightInfo(slot.path, str(slot.name))
                 slot.value.set_raw_value(op_trace.new_weight(trace, raw, info))
 
 
@@ -214,11 +221,11 @@ def convert(model: nnx.Module, provider: qconfig.QuantizationProvider, found: Ma
     done: dict[int, tuple[nnx.Param, WithAux]] = {}
     for slot in list(slots(model)):
         if id(slot.value) in done:  # shared: the other places hold the same object
-            setattr(slot.owner, slot.name, done[id(slot.value)][1])
-        elif (what := found.get((*slot.path, slot.name))) and isinstance(slot.value, nnx.Param):
+            slot.put(done[id(slot.value)][1])
+        elif (what := found.get((*slot.path, str(slot.name)))) and isinstance(slot.value, nnx.Param):
             quantized = _quantize(slot, what, provider)
             done[id(slot.value)] = slot.value, quantized
-            setattr(slot.owner, slot.name, quantized)
+            slot.put(quantized)
 
 
 def _quantize(slot: Slot, what: Found, provider: Any) -> WithAux:
@@ -263,7 +270,8 @@ def _first_abstract_run(
     def run(*leaves: Any) -> list[WithAux]:
         shadow, *arguments = rebuild(leaves)
         _caller(methods)(shadow, *arguments)
-        found = [slot for slot in slots(shadow) if isinstance(slot.value, WithAux)]
+        kept = [slot for slot in slots(shadow) if isinstance(slot.value, WithAux)]
+        found = [slot for slot in kept if isinstance(slot.owner, nnx.Module)]  # scales are attributes
         places[:] = [(slot.path, slot.name) for slot in found]
         return [slot.value for slot in found]
 

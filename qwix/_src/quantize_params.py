@@ -76,10 +76,9 @@ def _text(path: Path) -> str:
 
 def _templates(tree: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(tree, nnx.Module):
-        for path, module in nnx.iter_modules(tree):
-            for name, value in vars(module).items():
-                if isinstance(value, WithAux | nnx.Variable):
-                    yield _text((*map(str, path), name)), flax_util.unbox(value)
+        for _, path, name, value in flax_util.nnx_values(tree):
+            if isinstance(value, WithAux | nnx.Variable):
+                yield _text((*path, name)), flax_util.unbox(value)
     else:
         tree = flax_util.unbox(tree)
         for path, value in traverse_util.flatten_dict(

@@ -224,3 +224,30 @@ def test_linen_modules_inside_nnx_stay_float_and_say_so():
         model = qwix.quantize_model(Hybrid(), provider, X)
     assert model(X).shape == (4, 8) and isinstance(model.dense.kernel, nnx.Param)
     assert provider.records["linear", "dot_general0"].is_quantized
+
+
+class Containers(nnx.Module):
+    """Params in every kind of container."""
+
+    def __init__(self, seed=0):
+        keys = iter(jax.random.split(jax.random.key(seed), 4))
+        make = lambda: nnx.Param(jax.random.normal(next(keys), (8, 8)) / 8)
+        self.list = nnx.List([make()])
+        self.dict = nnx.Dict({"w": make()})
+        self.plain = nnx.data({"w": make(), "deep": [make()]})
+
+    def __call__(self, x):
+        x = x @ self.list[0] @ self.dict["w"]
+        return x @ self.plain["w"][...] @ self.plain["deep"][0]
+
+
+def test_params_in_containers():
+    provider = qwix.PtqProvider([INT8])
+    model = qwix.quantize_model(Containers(), provider, X)
+    records = {(r.path, r.weight) for r in provider.records.values() if r.is_quantized}
+    assert records == {("list", "0"), ("dict", "w"), ("plain", "w"), ("plain/deep", "0")}
+    assert isinstance(Containers().plain["w"], nnx.Param) and isinstance(model.plain["w"], qwix.WithAux)
+    params = nnx.to_pure_dict(nnx.state(Containers(1), nnx.Param))
+    nnx.update(model, qwix.quantize_params(params, model))
+    expected = qwix.quantize_model(Containers(1), INT8, X)
+    assert (model(X) == expected(X)).all() and (jax.jit(model)(X) == model(X)).all()

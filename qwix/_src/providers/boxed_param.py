@@ -175,9 +175,9 @@ class Executor:
         for side, how in enumerate(plan.act_hows):
             if how is None:
                 continue
-            if plan.is_static:
+            if plan.rule is not None and plan.is_static:
                 name = f"{plan.op_id}_{('lhs', 'rhs')[side]}"
-                operands[side] = self._static(operands[side], how, plan, name, layer)
+                operands[side] = self._static(operands[side], how, plan.rule, (plan.path, name), layer)
             elif fuse and plan.weight_side == 1 - side:
                 act_how = how
             else:
@@ -217,10 +217,14 @@ class Executor:
         return self.provider._conv_general_dilated_fn(*operands, **options)
 
     def _static(
-        self, x: jax.Array, how: qarray.HowToQuantize, plan: OpPlan, name: str, layer: Sequence[Any]
+        self,
+        x: jax.Array,
+        how: qarray.HowToQuantize,
+        rule: qconfig.QuantizationRule,
+        where: tuple[str, str],
+        layer: Sequence[Any],
     ) -> qarray.QArray:
-        make = lambda: calibrated_act(x, how, plan.rule)
-        scale, zero_point = self.scales.get(plan.path, name, make, how, layer)
+        scale, zero_point = self.scales.get(*where, lambda: calibrated_act(x, how, rule), how, layer)
         return self.provider._qarray.quantize_with_scale_zero_point(x, how.qtype, scale, zero_point)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -71,6 +71,24 @@ def from_linen_root(path: Path) -> Path:
     """A scope's path as rules see it."""
     root = _paths.linen_roots[-1] if _paths.linen_roots else ()
     return path[len(root) :] if path[: len(root)] == root else path
+
+
+def nnx_values(model: nnx.Module) -> Iterator[tuple[Any, Path, str | int, Any]]:
+    """All that modules hold, in their dicts and lists too: (module, dict or list; its path; key; value)."""
+
+    def walk(owner: Any, path: Path, items: Iterable[tuple[Any, Any]]) -> Iterator[Any]:
+        for key, value in items:
+            key = key if isinstance(key, int) else str(key)
+            if type(value) is dict:
+                yield from walk(value, (*path, key), value.items())
+            elif type(value) is list:
+                yield from walk(value, (*path, key), enumerate(value))
+            else:
+                yield owner, path, key, value
+
+    for path, module in nnx.iter_modules(model):
+        path = tuple(p if isinstance(p, int) else str(p) for p in path)
+        yield from walk(module, path, list(vars(module).items()))
 
 
 def _linen_module() -> nn.Module | None:
