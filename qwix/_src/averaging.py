@@ -60,7 +60,8 @@ class SimpleMovingAverage:
         """
         count = quant_stat["count"]
         average = {
-            key.removeprefix("sum_of_"): total / count
+            # Stacked layers have a count each, in front.
+            key.removeprefix("sum_of_"): total / count.reshape(count.shape + (1,) * (total.ndim - count.ndim))
             for key, total in quant_stat.items()
             if key.startswith("sum_of_")
         }

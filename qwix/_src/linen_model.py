@@ -109,8 +109,9 @@ def _scope_param(
             f"The quantized param {info.full_path!r} has shape {stored.shape}, but the module's is "
             f"{shapes[0]}. Are these the params of another model?"
         )
-    rule = stored.info.rule if stored.info else None
-    return tag(stored.unboxed, dataclasses.replace(info, rule=rule))
+    if stored.info is not None:
+        info = dataclasses.replace(stored.info, path=info.path, name=name)
+    return tag(stored.unboxed, info)
 
 
 def _initialize(

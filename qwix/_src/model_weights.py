@@ -96,8 +96,10 @@ class Discovery:
         key = (*(weight.info.path or ()), weight.info.name)
         found = self.found.get(key)
         if found is None:
-            info = dataclasses.replace(weight.info, rule=plan.rule)
-            found = self.found[key] = Found(info, how, [], weight_view.lifted(weight.steps))
+            lifted = weight_view.lifted(weight.steps)
+            stacked = weight.info.mapped or (not lifted and weight_view.is_stacked(weight.steps))
+            info = dataclasses.replace(weight.info, rule=plan.rule, mapped=stacked)
+            found = self.found[key] = Found(info, how, [], lifted)
         elif weight_view.runs_of(found.how, shape) != weight_view.runs_of(how, shape):
             return self._conflict(plan, weight, "with scales that don't suit this one"), None
         elif found.how.qtype != how.qtype:

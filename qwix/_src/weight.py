@@ -32,7 +32,8 @@ class WeightInfo:
     path: tuple[str | int, ...] | None = dataclasses.field(compare=False)  # of the module; None: not known
     name: str = dataclasses.field(compare=False)
     rule: Any = None
-    mapped: bool = False  # it's several weights: those of layers under vmap
+    # It's several weights: those of layers under vmap, or stacked along another axis than the first.
+    mapped: bool = False
 
     @property
     def module_path(self) -> str | None:

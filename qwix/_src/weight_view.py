@@ -64,6 +64,11 @@ def lifted(view: Sequence[Step]) -> tuple[int, ...]:
     return tuple(axes)
 
 
+def is_stacked(view: Sequence[Step]) -> bool:
+    """Whether scans cut the param, along whichever axis."""
+    return any(step.kind == "index" for step in view)
+
+
 def _back_transpose(step: Step, runs: tuple[int, ...]) -> tuple[int, ...]:
     back = [0] * len(runs)
     for to, origin in enumerate(step.args):

@@ -184,7 +184,20 @@ def test_no_static_scale_under_vmap_or_in_loops():
             return jax.lax.fori_loop(0, 2, lambda _, x: self.linear(x), x)
 
     dynamic = qwix.QuantizationRule(weight_qtype="int8", act_qtype="int8")
-    for make, why in ((lambda: Stack("vmap"), "under vmap"), (Loop, "in a loop")):
+
+    class Columns(nnx.Module):
+        """Layers that are stacked along axis 1."""
+
+        def __init__(self):
+            axes = nnx.StateAxes({nnx.Param: 1})
+            self.layers = nnx.split_rngs(splits=3)(nnx.vmap(Block, out_axes=axes))(nnx.Rngs(0))
+
+        def __call__(self, x):
+            axes = nnx.StateAxes({nnx.Param: 1})
+            scan = nnx.scan(lambda x, f: f(x), in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)
+            return scan(x, self.layers)
+
+    for make, why in ((lambda: Stack("vmap"), "vmap"), (Loop, "in a loop"), (Columns, "another axis")):
         provider = qwix.PtqProvider([STATIC])
         with pytest.warns(UserWarning, match=f"quantized dynamically.*{why}"):
             model = qwix.quantize_model(make(), provider, X)
@@ -192,3 +205,13 @@ def test_no_static_scale_under_vmap_or_in_loops():
         (record,) = provider.records.values()
         assert record.is_quantized and why in record.dynamic_because
         assert [row.schema for row in qwix.report(model).rows] == ["dynamic-range"]
+
+
+def test_statistics_of_stacked_layers():
+    model = Stack()
+    stat = {"count": jnp.array([1, 2, 1]), "sum_of_absmax": jnp.array([1.0, 4.0, 3.0]).reshape(3, 1, 1)}
+    setattr(model.layers.linear, NAME, flax_util.QuantStat(stat))
+    quantized = qwix.quantize_model(model, STATIC, X)
+    scale = getattr(quantized.layers.linear, f"{NAME}_scale").unboxed
+    assert not hasattr(quantized.layers.linear, NAME) and scale.shape == (3, 1, 1)
+    assert jnp.all(abs(scale.ravel() - jnp.array([1.0, 2.0, 3.0]) / 127.5) <= EPS)

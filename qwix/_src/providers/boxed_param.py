@@ -144,7 +144,7 @@ class Executor:
             return plan
         weight = None if plan.weight_side is None else args[plan.weight_side]
         if weight is not None and weight.info.mapped:
-            where = "under vmap, where one op computes several layers"
+            where = "on layers under vmap or stacked along another axis than the first"
         elif layer is None:
             where = "in a loop or a branch that isn't a scan over layers"
         else:
