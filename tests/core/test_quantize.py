@@ -245,3 +245,8 @@ def test_stochastic_rounding_is_unbiased(normal):
     error = qarray.quantize(x, how).dequantize() - x
     step = 4 / 3.5  # uniform noise: the error's variance is at most step^2 / 4
     assert abs(float(error.mean())) < 4 * step / 2 / np.sqrt(x.size)
+
+
+def test_only_a_qarray_is_dequantized():
+    with pytest.raises(TypeError, match="dequantize takes a QArray"):
+        qwix.dequantize(jnp.ones((2, 2)))

@@ -276,7 +276,15 @@ def dequantize(array: QArray) -> jax.Array:
 
     >>> dequantize(QArray(jnp.array([1, -2], jnp.int8), jnp.array([0.5])))
     Array([ 0.5, -1. ], dtype=float32)
+
+    Raises:
+      TypeError: not a QArray.
+      ValueError: fields that don't belong together.
     """
+    if not isinstance(array, QArray):
+        raise TypeError(
+            f"dequantize takes a QArray, as qwix.quantize returns it, got {type(array).__name__}."
+        )
     validate_qarray(array)
     compute = numerics.compute_dtype(array.scale.dtype)
     x = numerics.convert_from(array.qvalue, array.qtype).astype(compute)
