@@ -41,6 +41,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from qwix_kernels.matmul import tpu_epilogue, tpu_rows, tpu_weights
 from qwix_kernels.matmul import tpu_values as values
 from qwix_kernels.matmul.tpu_plan import LANES, Plan
 
@@ -55,10 +56,10 @@ def kernel(plan: Plan, emulate: bool, names: tuple[str, ...], *refs: Any) -> Non
 
         @pl.when(first)
         def _():
-            _prepare_lhs(plan, r, step)
+            tpu_rows.prepare(plan, r, step)
 
     if plan.prepare_rhs:
-        _prepare_rhs(plan, r, step)
+        tpu_weights.prepare(plan, r, step)
     if plan.block_m == plan.sub_m:
         _rows_step(plan, emulate, r, step, slice(0, plan.block_m))
         return
@@ -71,7 +72,7 @@ def kernel(plan: Plan, emulate: bool, names: tuple[str, ...], *refs: Any) -> Non
 def _rows_step(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, rows: Any) -> None:
     """Dots, running sum and result of some rows of the block."""
     if plan.steps_k == 1:
-        _finish(plan, r, rows, _dot_block(plan, emulate, r, step, rows))
+        tpu_epilogue.finish(plan, r, rows, _dot_block(plan, emulate, r, step, rows))
         return
 
     @pl.when(step == 0)
@@ -82,102 +83,7 @@ def _rows_step(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, ro
 
     @pl.when(step == plan.steps_k - 1)
     def _():
-        _finish(plan, r, rows, r["acc"][rows, :])
-
-
-# --- the operands, rewritten in VMEM
-
-
-def _prepare_lhs(plan: Plan, r: dict[str, Any], step: jax.Array) -> None:
-    rewrite = _convert_rows if plan.problem.quantize_lhs is None else _quantize_rows
-    if plan.block_m <= plan.row_step:
-        rewrite(plan, r, step, slice(0, plan.block_m))
-        return
-
-    @pl.loop(0, plan.block_m // plan.row_step)
-    def _(i):
-        rewrite(plan, r, step, pl.ds(pl.multiple_of(i * plan.row_step, plan.row_step), plan.row_step))
-
-
-def _convert_rows(plan: Plan, r: dict[str, Any], step: jax.Array, at: Any) -> None:
-    """Casts, and dequantizes where the scale goes before the dot, the rows `at` of the lhs."""
-    p = plan.problem
-    limit = _k_limit(plan, step)
-    for lanes, tiles in values.lane_groups(plan.block_k, plan.lhs_tile if plan.folds_lhs else 0):
-        x = values.widen(r["lhs"][0, at, lanes], p.lhs.codebook)
-        if plan.folds_lhs:
-            if p.lhs.zero_point:
-                x = x - values.spread(r["lhs_zero"], (0, 0, at), tiles, lanes)
-            x = x * values.spread(r["lhs_scale"], (0, 0, at), tiles, lanes)
-        x = values.zero_past(x, limit, lanes.start, axis=1)
-        r["lhs_ready"][step, at, lanes] = values.narrow(x, plan.lhs_dot)
-
-
-def _quantize_rows(plan: Plan, r: dict[str, Any], step: jax.Array, at: Any) -> None:
-    """Dynamic quantization of the rows `at`, by row or by row and K tile: see `problem.RowQuantize`."""
-    q = plan.problem.quantize_lhs
-    assert q is not None
-    limit = _k_limit(plan, step)
-    load = lambda lanes: values.zero_past(
-        r["lhs"][0, at, lanes].astype(jnp.float32), limit, lanes.start, axis=1
-    )
-    groups = values.lane_groups(plan.block_k, plan.lhs_tile)
-    whole = None
-    if plan.rows_given:
-        whole = r["lhs_scale"][0, 0, at, :]
-    elif not plan.lhs_tile:
-        whole = values.row_scale(values.row_absmax([load(lanes) for lanes, _ in groups]), q)
-        r["row_scale"][step, at, :] = whole
-    for lanes, tiles in groups:
-        x = load(lanes)
-        if whole is None:
-            scales = values.tile_scales(x, tiles, lanes, q)
-            for (t, _, _), s in zip(tiles, scales, strict=True):
-                if plan.spreads_row_scale:
-                    r["row_scale"][step, t, at, :] = jnp.broadcast_to(s, (s.shape[0], LANES))
-                elif not plan.folds_lhs:
-                    r["row_scale"][step, at, t : t + 1] = s
-            scale = values.select_lanes(scales, tiles, lanes)
-        else:
-            scale = whole
-        stored = values.quantize(x * (1.0 / scale), q)
-        if plan.lhs_dot != q.dtype and not jnp.issubdtype(q.dtype, jnp.integer):
-            stored = values.on_grid(stored, q.dtype)
-        if plan.folds_lhs:
-            stored = stored * scale
-        r["lhs_ready"][step, at, lanes] = values.narrow(stored, plan.lhs_dot)
-
-
-def _prepare_rhs(plan: Plan, r: dict[str, Any], step: jax.Array) -> None:
-    """Weights of this step in the matrix unit's dtype: dequantized, looked up, zero past the end of K."""
-    p = plan.problem
-    limit = _k_limit(plan, step)
-    if p.rhs_transposed:
-        for lanes, tiles in values.lane_groups(plan.block_k, plan.rhs_tile if plan.folds_rhs else 0):
-            w = values.widen(r["rhs"][0, :, lanes], p.rhs.codebook)
-            if plan.folds_rhs:
-                if p.rhs.zero_point:
-                    w = w - values.spread(r["rhs_zero"], (0, 0, slice(None)), tiles, lanes)
-                w = w * values.spread(r["rhs_scale"], (0, 0, slice(None)), tiles, lanes)
-            w = values.zero_past(w, limit, lanes.start, axis=1)
-            r["rhs_ready"][:, lanes] = values.narrow(w, plan.rhs_dot)
-        return
-    for rows, tiles in values.row_groups(plan.block_k, plan.rhs_tile if plan.folds_rhs else 0):
-        w = values.widen(r["rhs"][0, rows, :], p.rhs.codebook)
-        w = values.zero_past(w, limit, rows.start, axis=0)
-        for t, lo, hi in tiles:
-            part = w[lo - rows.start : hi - rows.start, :]
-            if plan.folds_rhs:
-                if p.rhs.zero_point:
-                    part = part - r["rhs_zero"][0, 0, t : t + 1, :]
-                part = part * r["rhs_scale"][0, 0, t : t + 1, :].astype(jnp.float32)
-                part = values.zero_past(part, limit if p.rhs.zero_point else None, lo, axis=0)
-            r["rhs_ready"][lo:hi, :] = values.narrow(part, plan.rhs_dot)
-
-
-def _k_limit(plan: Plan, step: jax.Array) -> jax.Array | None:
-    """How much of this K block lies inside the operands, or None where all blocks do."""
-    return plan.problem.k - step * plan.block_k if plan.k_tail else None
+        tpu_epilogue.finish(plan, r, rows, r["acc"][rows, :])
 
 
 # --- the dots
@@ -209,17 +115,8 @@ def _scale_tile(
         t = start // plan.rhs_tile
         part = part * r["rhs_scale"][0, 0, t : t + 1, :].astype(jnp.float32)
     if plan.lhs_tile:
-        part = part * _lhs_scale(plan, r, step, rows, start // plan.lhs_tile)
+        part = part * tpu_epilogue.lhs_scale(plan, r, step, rows, start // plan.lhs_tile)
     return part
-
-
-def _lhs_scale(plan: Plan, r: dict[str, Any], step: Any, rows: Any, t: int) -> jax.Array:
-    """One float32 scale per row: [rows, 1], or as wide as the block where it was stored along the lanes."""
-    if plan.spreads_row_scale:
-        return values.tile_lanes(r["row_scale"][step, t, rows, :], plan.block_n)
-    if plan.problem.quantize_lhs is not None and not plan.rows_given:
-        return r["row_scale"][step, rows, t : t + 1]
-    return r["lhs_scale"][0, 0, rows, t : t + 1].astype(jnp.float32)
 
 
 def _partial(
@@ -268,13 +165,3 @@ def _dot(plan: Plan, emulate: bool) -> Callable[[jax.Array, jax.Array], jax.Arra
         return lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.dtype(plan.partial))
 
     return dot
-
-
-def _finish(plan: Plan, r: dict[str, Any], rows: Any, total: jax.Array) -> None:
-    """Applies what is left of the scales and stores the rows."""
-    p = plan.problem
-    if p.rhs.is_quantized and not plan.rhs_tile:
-        total = total.astype(jnp.float32) * r["rhs_scale"][0, 0, :1, :].astype(jnp.float32)
-    if plan.scales_lhs and not plan.lhs_tile:
-        total = total.astype(jnp.float32) * _lhs_scale(plan, r, plan.steps_k - 1, rows, 0)
-    r["out"][0, rows, :] = total.astype(p.out_dtype)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -77,6 +78,10 @@ class Plan:
     def k_tail(self) -> bool:
         """Whether the last block of K reaches past the operands."""
         return self.problem.k % self.block_k != 0
+
+    def k_limit(self, step: Any) -> Any:
+        """How much of K block `step` lies inside the operands, or None where all blocks do."""
+        return self.problem.k - step * self.block_k if self.k_tail else None
 
     @property
     def lhs_tile(self) -> int:

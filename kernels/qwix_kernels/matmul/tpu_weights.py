@@ -1,0 +1,38 @@
+"""The weights of one grid step of the TPU matmul kernel, rewritten in VMEM where the plan says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwix_kernels.matmul import tpu_values as values
+from qwix_kernels.matmul.tpu_plan import Plan
+
+
+def prepare(plan: Plan, r: dict[str, Any], step: jax.Array) -> None:
+    """Weights of this step in the matrix unit's dtype: dequantized, looked up, zero past the end of K."""
+    p = plan.problem
+    limit = plan.k_limit(step)
+    if p.rhs_transposed:
+        for lanes, tiles in values.lane_groups(plan.block_k, plan.rhs_tile if plan.folds_rhs else 0):
+            w = values.widen(r["rhs"][0, :, lanes], p.rhs.codebook)
+            if plan.folds_rhs:
+                if p.rhs.zero_point:
+                    w = w - values.spread(r["rhs_zero"], (0, 0, slice(None)), tiles, lanes)
+                w = w * values.spread(r["rhs_scale"], (0, 0, slice(None)), tiles, lanes)
+            w = values.zero_past(w, limit, lanes.start, axis=1)
+            r["rhs_ready"][:, lanes] = values.narrow(w, plan.rhs_dot)
+        return
+    for rows, tiles in values.row_groups(plan.block_k, plan.rhs_tile if plan.folds_rhs else 0):
+        w = values.widen(r["rhs"][0, rows, :], p.rhs.codebook)
+        w = values.zero_past(w, limit, rows.start, axis=0)
+        for t, lo, hi in tiles:
+            part = w[lo - rows.start : hi - rows.start, :]
+            if plan.folds_rhs:
+                if p.rhs.zero_point:
+                    part = part - r["rhs_zero"][0, 0, t : t + 1, :]
+                part = part * r["rhs_scale"][0, 0, t : t + 1, :].astype(jnp.float32)
+                part = values.zero_past(part, limit if p.rhs.zero_point else None, lo, axis=0)
+            r["rhs_ready"][lo:hi, :] = values.narrow(part, plan.rhs_dot)
