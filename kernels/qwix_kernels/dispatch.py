@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qwix_kernels import chips, tuning
+from qwix_kernels import chips, tuning, tuning_files
 from qwix_kernels.chips import Chip
 
 
@@ -61,9 +61,12 @@ class Explanation:
     chip: str
     chosen: str
     config: Any
-    config_source: str | None  # where the config came from: see tuning.py
+    config_source: str | None  # "explicit", "context", "user cache", "packaged" or "heuristic"
     estimate: Estimate
     rejected: tuple[tuple[str, str], ...]  # (implementation, reason)
+    # How a tuned entry matches: "exact", "bucket" or "near (...)"; empty where none does. With the source
+    # "heuristic": a search found nothing better.
+    tuned: str = ""
 
     def __str__(self) -> str:
         e = self.estimate
@@ -73,6 +76,7 @@ class Explanation:
         ]
         if self.config is not None:
             lines.append(f"  config ({self.config_source}): {self.config}")
+            lines.append(f"  tuned: {self.tuned or 'no'}")
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected]
         return "\n".join(lines)
 
@@ -133,14 +137,18 @@ def choose(
     rejected: list[tuple[str, str]] = []
     for impl in candidates:
         try:
-            estimate, used, source = _plan(impl, problem, chip, config, kernels_refused)
+            estimate, used = _plan(impl, problem, chip, config, kernels_refused)
             fallback = candidates[-1]
             if implementation is None and impl is not fallback:
                 _refuse_slower(estimate, fallback.estimate(problem, chip, None), fallback.name)
         except NotImplementedError as refusal:
             rejected.append((impl.name, str(refusal)))
             continue
-        return impl, Explanation(problem, chip.name, impl.name, used, source, estimate, tuple(rejected))
+        source = used.source or None
+        explanation = Explanation(
+            problem, chip.name, impl.name, used.config, source, estimate, tuple(rejected), used.match
+        )
+        return impl, explanation
     reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
     raise NotImplementedError(
         f"{implementation!r} cannot run this on {chip.name}: {reasons}. "
@@ -194,10 +202,16 @@ def warn_of_fallback(explanation: Explanation, chip: Chip) -> None:
 _WARNED: set[tuple[str, str, str]] = set()
 
 
+def warn_of_untuned(explanation: Explanation, chip: Chip) -> None:
+    """Says it where a kernel runs with blocks chosen by formula, far from everything that was tuned."""
+    if explanation.config_source == "heuristic" and not explanation.tuned:
+        tuning.warn_if_far(explanation.problem, chip, explanation.chosen, explanation.estimate.static_us)
+
+
 def _plan(
     impl: Implementation, problem: Any, chip: Chip, config: Any, kernels_refused: str | None
-) -> tuple[Estimate, Any, str | None]:
-    """(cost, config, where the config is from) of `impl`, or NotImplementedError."""
+) -> tuple[Estimate, tuning.Found]:
+    """(cost, config and where it is from) of `impl`, or NotImplementedError."""
     if impl.platforms and chip.platform not in impl.platforms:
         raise NotImplementedError(
             f"runs on {', '.join(impl.platforms)}, not on {chip.platform} ({chip.name})"
@@ -206,16 +220,36 @@ def _plan(
         raise NotImplementedError(kernels_refused)
     impl.check(problem, chip)
     if impl.heuristic_config is None or impl.config_type is None:
-        return impl.estimate(problem, chip, None), None, None
-    for found, source in tuning.candidates(problem, chip, config, impl.config_type(), impl.name):
-        try:
-            return impl.estimate(problem, chip, found), found, source
-        except (NotImplementedError, ValueError) as refusal:
-            if source == "explicit":
-                raise NotImplementedError(f"config {found}: {refusal}") from refusal
-            warnings.warn(f"Tuned config {found} ({source}) does not fit: {refusal}. Ignored.", stacklevel=4)
-    found = impl.heuristic_config(problem, chip)
-    return impl.estimate(problem, chip, found), found, "heuristic"
+        return impl.estimate(problem, chip, None), tuning.Found(None, "")
+    match = ""
+    for found in tuning.candidates(problem, chip, config, impl.config_type(), impl.name):
+        if found.config is None:
+            match = found.match
+            break
+        estimate = _estimate(impl, problem, chip, found)
+        if estimate is not None:
+            return estimate, found
+    chosen = impl.heuristic_config(problem, chip)
+    return impl.estimate(problem, chip, chosen), tuning.Found(chosen, "heuristic", match)
+
+
+def _estimate(impl: Implementation, problem: Any, chip: Chip, found: tuning.Found) -> Estimate | None:
+    """The cost with a config that was looked up; None where it does not do."""
+    try:
+        estimate = impl.estimate(problem, chip, found.config)
+    except (NotImplementedError, ValueError) as refusal:
+        if found.source == "explicit":
+            raise NotImplementedError(f"config {found.config}: {refusal}") from refusal
+        if not found.borrowed:
+            tuning_files.warn_once(
+                f"Ignoring the tuned config {found.config} ({found.source}), which does not fit: {refusal}."
+            )
+        return None
+    if found.borrowed and impl.heuristic_config is not None:
+        own = impl.estimate(problem, chip, impl.heuristic_config(problem, chip))
+        if estimate.static_us > tuning.MARGIN * own.static_us:
+            return None
+    return estimate
 
 
 def _refuse_slower(mine: Estimate, other: Estimate, other_name: str) -> None:

@@ -46,6 +46,22 @@ class Config:
         if not all(isinstance(s, int) and s > 0 for s in sizes):
             raise ValueError(f"Block sizes must be positive integers, got {sizes}.")
 
+    def refit(self, tuned: tuple[int, int, int], problem: MatmulProblem) -> Config | None:
+        """This config of a problem with the sizes `tuned` (M, K, N) for a problem like it, or None.
+
+        A block that covered an axis still does; no block reaches far past the operands.
+        """
+        p, (_, k, n) = problem, tuned
+        if self.block_k < min(k, p.k) and p.k % self.block_k:
+            return None  # a tail in K costs more than other blocks save
+        unit = 8 if p.m <= 32 else 64
+        return dataclasses.replace(
+            self,
+            block_m=min(self.block_m, pl_cdiv(p.m, unit) * unit),
+            block_n=p.n if self.block_n >= min(n, p.n) else self.block_n,
+            block_k=p.k if self.block_k >= min(k, p.k) else self.block_k,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
