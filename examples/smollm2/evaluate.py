@@ -20,11 +20,22 @@ WINDOWS_AT_ONCE = 4
 PYTHON_312_TOKENS = "840b78eb41c028d7"
 
 
-def windows(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-    """The first 4096 tokens of Python's own documentation, `[16, 256]`: sorted topics joined by newlines."""
+def documentation(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+    """Token ids of Python's own documentation: sorted topics joined by newlines."""
     topics = pydoc_data.topics.topics
     text = "\n".join(topics[name] for name in sorted(topics))
-    return np.array(tokenizer.encode(text).ids[:TOKENS], np.int32).reshape(-1, WINDOW)
+    return np.array(tokenizer.encode(text).ids, np.int32)
+
+
+def windows(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+    """The first 4096 tokens of the documentation, `[16, 256]`: what perplexity is measured on."""
+    return documentation(tokenizer)[:TOKENS].reshape(-1, WINDOW)
+
+
+def later_windows(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+    """All whole windows after those, `[windows, 256]`: what may be trained on."""
+    rest = documentation(tokenizer)[TOKENS:]
+    return rest[: len(rest) // WINDOW * WINDOW].reshape(-1, WINDOW)
 
 
 def is_python_312(tokens: np.ndarray) -> bool:
