@@ -246,13 +246,20 @@ def clip_gradient_to_calibration(
 
     Methods that cover the whole array (absmax and minmax without a factor below 1) return `g` itself.
     """
+    inside = inside_calibration(array, calibration, calibration_method)
+    return g if inside is None else jnp.where(inside, g, 0)
+
+
+def inside_calibration(
+    array: jax.Array, calibration: Mapping[str, jax.Array], calibration_method: str
+) -> jax.Array | None:
+    """Where `array` lies within its calibrated range, or None for methods that cover all of it."""
     name, args = parse_method(calibration_method)
     if name in ("absmax", "minmax") and (not args or args[0] >= 1):
-        return g
+        return None
     low, high = _range(calibration)
     inside = layout.call_with_generic_broadcast(jnp.greater_equal, array, low)
-    inside &= layout.call_with_generic_broadcast(jnp.less_equal, array, high)
-    return jnp.where(inside, g, 0)
+    return inside & layout.call_with_generic_broadcast(jnp.less_equal, array, high)
 
 
 def _range(calibration: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,145 @@
+"""`ragged_dot` for training: quantized forward, and quantized gradients by ragged dots.
+
+    out  [M, N]    = lhs [M, K] . rhs [G, K, N]     each row with its group's matrix, sums over K
+    dlhs [M, K]    = g   [M, N] . rhs [G, K, N]     the same, sums over N
+    drhs [G, K, N] = lhs [M, K] . g   [M, N]        sums over the rows of each group
+
+Scales: of lhs per row, of rhs per group and column. What quantization adds is in qt_vjp.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.lax import RaggedDotDimensionNumbers
+from jax.typing import DTypeLike
+
+from qwix._src.core import qarray, qt_vjp, ragged_dot
+from qwix._src.core.calibration import HowToQuantize
+from qwix._src.core.qt_config import QtConfig, Side, TileSize
+from qwix._src.core.qt_vjp import Operand, scale_gradient
+
+RaggedDotQtConfig = QtConfig
+_PER_GROUP = RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=()
+)
+_Groups = tuple[jax.Array, jax.Array | None]  # sizes, offset
+
+
+def ragged_dot_qt(
+    lhs: Operand,
+    rhs: Operand,
+    group_sizes: jax.Array,
+    config: RaggedDotQtConfig,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    group_offset: jax.Array | None = None,
+) -> jax.Array:
+    """`jax.lax.ragged_dot` that is quantized in training, forward and backward.
+
+    Args:
+      lhs, rhs, group_sizes, precision, preferred_element_type, group_offset: as for `ragged_dot.ragged_dot`.
+        Rows of no group count as zeros, also for the range of lhs; they get no gradient and give none.
+      config: what is quantized, and how.
+
+    >>> config = RaggedDotQtConfig(lhs_qtype="int8", rhs_qtype="int8", drhs_grad_qtype="int8")
+    >>> loss = lambda w: ragged_dot_qt(jnp.ones((5, 8)), w, jnp.array([3, 1]), config).sum()
+    >>> jax.grad(loss)(jnp.ones((2, 8, 4)))[:, 0, 0].round(1).tolist()
+    [3.0, 1.0]
+    """
+    rows, groups = lhs.shape[0], rhs.shape[0]
+    alive = ragged_dot.rows_in_groups(rows, group_sizes, group_offset, groups)[:, None]
+    if not isinstance(lhs, qarray.QArray):
+        lhs = jnp.where(alive, lhs, 0)
+    _, dtype = qarray.get_accumulator_and_result_type(lhs, rhs, preferred_element_type=preferred_element_type)
+    out = qt_vjp.contract(_RaggedDot(precision, groups), lhs, rhs, config, (group_sizes, group_offset), dtype)
+    return jnp.where(alive, out, 0)
+
+
+def _how(
+    channelwise: tuple[int, ...], contracting: int, tile_size: TileSize, kwargs: dict[str, Any]
+) -> HowToQuantize:
+    tiles = qt_vjp.tiled_axes(tile_size, contracting)
+    return HowToQuantize(
+        channelwise_axes=[a for a in channelwise if a not in tiles], tiled_axes=tiles, **kwargs
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _RaggedDot:
+    """The op of qt_vjp.py. `groups`: those of rhs."""
+
+    precision: Any
+    groups: int
+
+    def how(self, side: Side, *, tile_size: TileSize, **kwargs: Any) -> HowToQuantize:
+        return _how((0,) if side == "lhs" else (0, 2), 1, tile_size, kwargs)
+
+    def on_the_way(self, lhs: jax.Array, rhs: Operand, how: HowToQuantize) -> bool:
+        return False
+
+    def __call__(
+        self, lhs: Operand, rhs: Operand, extra: _Groups, dtype: np.dtype, act_how: HowToQuantize | None
+    ) -> jax.Array:
+        sizes, offset = extra
+        return ragged_dot.ragged_dot(lhs, rhs, sizes, self.precision, dtype, offset)
+
+    def gradient(self, side: Side) -> _Dlhs | _Drhs:
+        return _Dlhs(self.precision) if side == "lhs" else _Drhs(self.precision, self.groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dlhs:
+    """dlhs = g . rhs, by a ragged dot of the transposed matrices."""
+
+    precision: Any
+    contracting = (2,)
+    movable = (0, 2)
+
+    def how(self, *, for_g: bool, tile_size: TileSize, **kwargs: Any) -> HowToQuantize:
+        return _how((0,), 1, tile_size, kwargs) if for_g else _how((0, 1), 2, tile_size, kwargs)
+
+    def scaled(self, g: jax.Array, scale: jax.Array, extra: _Groups) -> jax.Array:
+        sizes, offset = extra
+        scale = scale[:, 0]
+        if scale.shape[0] > 1:
+            first = 0 if offset is None else jnp.reshape(offset, ())
+            scale = jnp.take(scale, ragged_dot.group_of_rows(g.shape[0], sizes) - first, axis=0, mode="clip")
+        return scale_gradient(g, scale)
+
+    def __call__(
+        self, g: Operand, other: Operand, extra: _Groups, dtype: np.dtype, act_how: HowToQuantize | None
+    ) -> jax.Array:
+        g = g if act_how is None else qarray.quantize(g, act_how)
+        return ragged_dot.ragged_dot(g, other.swapaxes(1, 2), extra[0], self.precision, dtype, extra[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drhs:
+    """drhs = lhs . g, one product for each group of rows."""
+
+    precision: Any
+    groups: int
+    contracting = (0,)
+    movable = (0,)
+
+    def how(self, *, for_g: bool, tile_size: TileSize, **kwargs: Any) -> HowToQuantize:
+        return _how((1,), 0, tile_size, kwargs)
+
+    def scaled(self, g: jax.Array, scale: jax.Array, extra: _Groups) -> jax.Array:
+        return scale_gradient(g, scale)
+
+    def __call__(
+        self, g: Operand, other: Operand, extra: _Groups, dtype: np.dtype, act_how: HowToQuantize | None
+    ) -> jax.Array:
+        g = g if act_how is None else qarray.quantize(g, act_how)
+        sizes, offset = extra
+        out = ragged_dot.ragged_dot_general(other, g, sizes, _PER_GROUP, self.precision, dtype)
+        if offset is None:
+            return out
+        local = jnp.reshape(offset, ()) + jnp.arange(self.groups)
+        return out.at[local].get(mode="fill", fill_value=0)
