@@ -1,0 +1,109 @@
+"""Which block sizes are worth compiling for one problem: more than the heuristic looks at, best guess first.
+
+A candidate's class is what an estimate tends to get wrong as a whole: the strategy, whether K lies in one
+block, and whether blocks are wider than tall. The best of every class comes before the second best of any.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+
+from qwix_kernels.chips import Chip
+from qwix_kernels.matmul import tpu_estimate
+from qwix_kernels.matmul.tpu_plan import LANES, Config, k_tile, resolve
+from qwix_kernels.problem import MatmulProblem
+
+_ROWS = (8, 16, 32, 64, 128, 256, 512, 1024)
+_COLUMNS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
+_STEPS = (1, 2, 3, 4, 6, 7, 8, 14, 16, 28, 32)
+HOPELESS = 3.0  # times the least estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A config that fits, and its estimate with the ramp: microseconds on one core."""
+
+    config: Config
+    estimate_us: float
+
+
+@functools.lru_cache(maxsize=1024)
+def space(problem: MatmulProblem, chip: Chip) -> tuple[Candidate, ...]:
+    """All candidates that fit and are not hopeless, the lowest estimate first.
+
+    Raises NotImplementedError for a problem that the kernel does not take.
+    """
+    tpu_estimate.check(problem, chip)
+    found = {}
+    for config in dict.fromkeys([*_configs(problem), tpu_estimate.heuristic_config(problem, chip)]):
+        try:
+            cost = tpu_estimate.estimate(problem, chip, config)
+            found[config] = cost.static_us + ramp_us(problem, chip, config)
+        except NotImplementedError:
+            continue
+    least = min(found.values())
+    ordered = sorted(found, key=lambda c: found[c])
+    return tuple(Candidate(c, found[c]) for c in ordered if found[c] <= HOPELESS * least)
+
+
+def ramp_us(problem: MatmulProblem, chip: Chip, config: Config) -> float:
+    """What a static price leaves out: the first fetch and the last store, which no other work hides."""
+    return tpu_estimate.ramp_us(resolve(problem, chip, config), chip)
+
+
+def diverse(candidates: tuple[Candidate, ...], first: Config) -> Iterator[Config]:
+    """The configs in the order to try: `first`, then class by class, then what is left."""
+    by_class: dict[tuple, list[Config]] = {}
+    for candidate in candidates:
+        by_class.setdefault(_class(candidate.config, candidates), []).append(candidate.config)
+    rounds = itertools.zip_longest(*by_class.values())
+    yield from dict.fromkeys([first, *(c for one in rounds for c in one if c is not None)])
+
+
+def neighbours(candidates: tuple[Candidate, ...], config: Config) -> list[Config]:
+    """Candidates that differ from `config` in one size, by one step up or down, the lowest estimate first."""
+    sizes = {f: sorted({getattr(c.config, f) for c in candidates}) for f in _SIZES}
+    near = set()
+    for field, values in sizes.items():
+        at = values.index(getattr(config, field))
+        for i in (at - 1, at + 1):
+            if 0 <= i < len(values):
+                near.add(dataclasses.replace(config, **{field: values[i]}))
+    return [c.config for c in candidates if c.config in near]
+
+
+_SIZES = ("block_m", "block_n", "block_k")
+
+
+def _class(config: Config, candidates: tuple[Candidate, ...]) -> tuple:
+    most_k = max(c.config.block_k for c in candidates)
+    return config.strategy, config.block_k == most_k, config.block_n > config.block_m
+
+
+def _configs(p: MatmulProblem) -> Iterator[Config]:
+    row_tile = p.quantize_lhs.tile_k % p.k if p.quantize_lhs else 0
+    tiles = [t for t in (k_tile(p.lhs, p.k), k_tile(p.rhs, p.k), row_tile) if t]
+    for strategy in ("after", "before") if tiles else ("once",):
+        for bm, bn, bk in itertools.product(_blocks_m(p.m), _blocks_n(p.n), _blocks_k(p.k, tiles)):
+            yield Config(bm, bn, bk, strategy)
+
+
+def _blocks_m(m: int) -> list[int]:
+    unit = 8 if m <= 32 else 32
+    whole = -(-m // unit) * unit
+    return sorted({size for size in _ROWS if size < whole} | ({whole} if whole <= 2048 else set()))
+
+
+def _blocks_n(n: int) -> list[int]:
+    return sorted({size for size in _COLUMNS if size < n} | ({n} if n <= 8192 else set()))
+
+
+def _blocks_k(k: int, tiles: list[int]) -> list[int]:
+    """K and the parts of it that leave no tail."""
+    unit = math.lcm(LANES, *tiles)
+    parts = (k // steps for steps in _STEPS if k % steps == 0)
+    return [part for part in parts if part == k or (part % unit == 0 and part >= 512)]
