@@ -8,6 +8,18 @@ Canonical form, the only one that kernels see:
     scale. zero_point has the scale's shape and the values' dtype. A batch of 1 is shared by all batches of
     the other side.
 
+    result  [batch, M, N]
+
+What happens to the lhs before the product and to the sum after it, in this order, all in float32:
+
+    y   = x * rsqrt(mean(x^2) + eps) * weight                      RMSNorm
+    q   = convert(y * (1 / scale))                                 RowQuantize
+    z   = q @ w * scales + bias
+    out = activation(z), or activation(q @ w_gate ... + gate_bias) * z with a gate
+    out + residual, rounded once to the output dtype, or quantized for the next matmul (RowQuantize again)
+
+The arrays that this takes are `Extras`, all of rank 3, each with a batch of 1 or the problem's.
+
 `MatmulProblem` says all of it without the arrays, so that dispatch, tuning, pricing and reports need no
 device.
 """
@@ -30,6 +42,8 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 CODEBOOKS = {"nf4": NF4}
+ACTIVATIONS = ("relu", "relu6", "gelu", "gelu_tanh", "silu")
+ROW_SCALES = ("float32", "float8_e8m0fnu")
 
 
 @functools.partial(
@@ -79,26 +93,71 @@ class Operand:
         return dtype_bits(self.dtype)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["lhs_scale", "norm_weight", "bias", "gate", "gate_bias", "residual", "out_scale"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """The arrays besides lhs and rhs; None for what a problem does not use. A batch of 1 serves all batches.
+
+    lhs_scale    [batch, M or 1, tiles of K]  of static row quantization
+    norm_weight  [batch, 1, K]
+    bias         [batch, 1, N]
+    gate         a second rhs, of the same description as the first
+    gate_bias    [batch, 1, N]
+    residual     [batch, M, N]
+    out_scale    [batch, M or 1, tiles of N]  of static quantization of the result
+    """
+
+    lhs_scale: jax.Array | None = None
+    norm_weight: jax.Array | None = None
+    bias: jax.Array | None = None
+    gate: Tensor | None = None
+    gate_bias: jax.Array | None = None
+    residual: jax.Array | None = None
+    out_scale: jax.Array | None = None
+
+
+NO_EXTRAS = Extras()
+
+
 @dataclasses.dataclass(frozen=True)
 class RowQuantize:
-    """Dynamic symmetric absmax quantization of a float lhs, row by row, inside the matmul.
+    """Symmetric quantization row by row: of a float lhs inside the matmul, or of a result for the next one.
 
-    For each row and each run of `tile_k` along K (0: the whole row), in float32:
+    For each row and each run of `tile_k` along it (0: the whole row), in float32:
         scale = max|x| * (1 / bound)  (1 where that is below sqrt of float32's smallest normal)
         q     = convert(x * (1 / scale))   integers: round half to even, then clip; floats: clip, then cast
     The clip is to `limits`.
     The reciprocal of the bound is one float32 constant: compilers turn a division by a constant into that
     product anyway, and the greatest element of a row lies on a rounding boundary, where the last bit shows.
+
+    `static`: the scale is given instead (`Extras.lhs_scale` or `.out_scale`); the rest is the same.
+
+    `scale_dtype` "float8_e8m0fnu": scales are powers of two, 2^(floor(log2(max|x|)) - `emax`), as in the OCP
+    Microscaling Formats specification v1.0, section 6.3; 1 where that is too small, as above, and NaN where
+    max|x| is not finite. They are held in float32 all the same.
     """
 
     dtype: str
     bound: float
     tile_k: int = 0
+    static: bool = False
+    scale_dtype: str = "float32"
 
     @property
     def reciprocal(self) -> float:
         """1 / bound, correctly rounded to float32."""
         return float(np.float32(1) / np.float32(self.bound))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.dtype}:{self.tile_k}"
+            + ":static" * self.static
+            + ":e8m0" * (self.scale_dtype != "float32")
+        )
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -114,6 +173,40 @@ class RowQuantize:
         most = float(jnp.finfo(self.dtype).max)
         return -most, most
 
+    @property
+    def emax(self) -> int:
+        """The exponent of the greatest stored value.
+
+        >>> RowQuantize("float8_e4m3fn", 448.0).emax, RowQuantize("int8", 127.5).emax
+        (8, 6)
+        """
+        return math.floor(math.log2(self.limits[1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class RMSNorm:
+    """Root mean square normalisation of the lhs (arXiv 1910.07467): see the module's header."""
+
+    eps: float = 1e-6
+    weight_dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What happens to the sum: see the module's header."""
+
+    bias: bool = False
+    activation: str | None = None  # one of ACTIVATIONS
+    gate: bool = False
+    gate_bias: bool = False
+    residual: str | None = None  # its dtype
+    quantize: RowQuantize | None = None  # `tile_k` counts along N, the K of the next matmul
+
+    @property
+    def scales_out(self) -> bool:
+        """Whether scales are a second result."""
+        return self.quantize is not None and not self.quantize.static
+
 
 @dataclasses.dataclass(frozen=True)
 class MatmulProblem:
@@ -128,10 +221,26 @@ class MatmulProblem:
     rhs_transposed: bool = False
     quantize_lhs: RowQuantize | None = None
     precision: str | None = None  # None or "default": the unit's own; "high"/"highest" as for jax.lax.dot
+    norm: RMSNorm | None = None
+    epilogue: Epilogue | None = None
 
     @property
     def batch(self) -> int:
         return max(self.lhs.batch, self.rhs.batch)
+
+    @property
+    def products(self) -> int:
+        """How many weights the rows are multiplied with."""
+        return 2 if self.epilogue and self.epilogue.gate else 1
+
+    @property
+    def fused(self) -> str:
+        """What else is computed, for example `rms_norm bias gate silu ->int8:128`; empty for nothing."""
+        e, parts = self.epilogue or Epilogue(), ["rms_norm"] if self.norm else []
+        parts += ["bias"] * e.bias + ["gate"] * e.gate + ["gate_bias"] * e.gate_bias
+        parts += [e.activation] if e.activation else []
+        parts += [f"residual:{e.residual}"] if e.residual else []
+        return " ".join(parts + ([f"->{e.quantize}"] if e.quantize else []))
 
     @property
     def scheme(self) -> str:

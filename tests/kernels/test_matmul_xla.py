@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwix_kernels.matmul import RowQuantize, Tensor, matmul, problem_of, reference, xla
+from qwix_kernels.matmul import RowQuantize, Tensor, elementwise, matmul, problem_of, reference, xla
 
 SIZES = (1, 2, 3, 7, 13, 32, 48)
 TILES = (1, 2, 5, 16, 32, 40, 64)
@@ -199,7 +199,7 @@ def test_empty_operands(shape, how):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_rows_are_quantized_as_documented(how, dtype):
     x = draw_values(np.random.default_rng(1), (1, 257, 64), dtype) * jnp.asarray(3, dtype)
-    got = jax.jit(lambda x: xla.quantize_rows(x, how))(x)
+    got = jax.jit(lambda x: elementwise.quantize_rows(x, how))(x)
     want = reference.quantize_rows(np.asarray(x), how)
     np.testing.assert_array_equal(got.scale, want.scale)
     np.testing.assert_array_equal(got.values, want.values.astype(got.values.dtype))
@@ -207,7 +207,7 @@ def test_rows_are_quantized_as_documented(how, dtype):
 
 def test_subnormal_rows_keep_a_scale_of_one():
     x = jnp.full((1, 1, 32), 1e-22, jnp.float32)
-    got = xla.quantize_rows(x, RowQuantize("int8", 127.5))
+    got = elementwise.quantize_rows(x, RowQuantize("int8", 127.5))
     assert float(got.scale[0, 0, 0]) == 1.0 and not np.asarray(got.values).any()
 
 

@@ -3,13 +3,7 @@
 `matmul` describes and checks its operands, brings them into the form of problem.py and binds one primitive.
 Which implementation that becomes is decided when it is lowered, for the platform and the chip it is lowered
 for; the same traced program therefore runs here, compiles for a chip that is not attached and exports for
-several platforms.
-
-The rules of JAX's transformations are in primitive.py. This file holds the gradient: it flows to float
-operands through the other side's dequantized values, by the same op on the same stored arrays
-(`rhs_transposed` flipped), so that a backward pass dequantizes no weight either. Row quantization of the lhs
-is passed straight through. Quantized operands and their scales get zero gradients: train those through the
-float values that they came from.
+several platforms. The rules of JAX's transformations are in primitive.py, the gradient is in gradient.py.
 """
 
 from __future__ import annotations
@@ -21,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwix_kernels.matmul import primitive, xla
+from qwix_kernels.matmul import gradient, primitive
 from qwix_kernels.matmul.describe import as_tensor, problem_of
-from qwix_kernels.problem import MatmulProblem, RowQuantize, Tensor
+from qwix_kernels.problem import Extras, MatmulProblem, RowQuantize, Tensor
 
 __all__ = ["matmul", "problem_of"]
 
@@ -31,15 +25,19 @@ __all__ = ["matmul", "problem_of"]
 def matmul(
     lhs: Tensor | jax.Array,
     rhs: Tensor | jax.Array,
+    extras: Extras | None = None,
     *,
     quantize_lhs: RowQuantize | None = None,
     rhs_transposed: bool = False,
     out_dtype: Any = None,
     precision: Any = None,
+    norm_eps: float = 1e-6,
+    activation: str | None = None,
+    quantize_out: RowQuantize | None = None,
     implementation: str | Sequence[str] | None = None,
     config: Any = None,
-) -> jax.Array:
-    """lhs [batch, M, K] times rhs [batch, K, N], either of them quantized.
+) -> Any:
+    """lhs [batch, M, K] times rhs [batch, K, N], either of them quantized, and what is fused round it.
 
     Integers without scales give their exact int32 accumulator. Anything else is computed in float32 (integer
     products in integers, as long as their scale is shared) and rounded once, to `out_dtype`;
@@ -47,83 +45,79 @@ def matmul(
 
     Args:
       lhs: a `Tensor` or a plain array, [batch, M, K]. A batch of 1 is shared by all batches of the other
-      side. rhs: the same, [batch, K, N], or [batch, N, K] with `rhs_transposed`.
+        side.
+      rhs: the same, [batch, K, N], or [batch, N, K] with `rhs_transposed`.
+      extras: the arrays of what is fused: see `problem.Extras`. `norm_weight`, `bias` and `gate_bias` may be
+        vectors.
       quantize_lhs: quantize the rows of a plain float lhs on the way.
       rhs_transposed: whether N comes before K in rhs.
       out_dtype: of the result; by default int32 for integers without scales, else what the represented values
-      promote
-        to.
+        promote to.
       precision: of float products, as in `jax.lax.dot`.
+      norm_eps: of the normalisation by `extras.norm_weight`.
+      activation: "relu", "relu6", "gelu", "gelu_tanh" or "silu", of the result, or of the gate if there is
+        one.
+      quantize_out: quantize the rows of the result, as the lhs of another matmul.
       implementation: None takes the best that runs ("mosaic_tpu" on a TPU, "xla" anywhere) and never fails; a
-      name or
-        several names are used in that order, or raise.
+        name or several names are used in that order, or raise.
       config: block sizes of the implementation; None looks them up (see `qwix_kernels.tuning`).
 
-    Returns: [batch, M, N] in `out_dtype`.
+    Returns: [batch, M, N] in `out_dtype`; with `quantize_out` a `Tensor` of that shape and its scales,
+      [batch, M, tiles] (or `extras.out_scale`, if they are static).
 
     Raises:
-      ValueError, TypeError: operands that disagree, before anything runs.
+      ValueError, TypeError: operands that disagree, before anything runs; a gradient through `quantize_out`.
       NotImplementedError: when lowered, if none of the named implementations can run this.
 
     >>> x = jnp.array([[[1, -2], [3, 4]]], jnp.int8)
     >>> w = Tensor(jnp.array([[[7, 0], [0, -8]]], jnp.int4), jnp.array([[[0.5, 0.25]]], jnp.float32))
     >>> matmul(x, w).tolist()
     [[[3.5, 4.0], [10.5, -8.0]]]
+    >>> matmul(x, w, Extras(bias=jnp.array([-5.0, 0])), activation="relu").tolist()
+    [[[0.0, 4.0], [5.5, 0.0]]]
     """
     problem = problem_of(
         lhs,
         rhs,
+        extras,
         quantize_lhs=quantize_lhs,
         rhs_transposed=rhs_transposed,
         out_dtype=out_dtype,
         precision=precision,
+        norm_eps=norm_eps,
+        activation=activation,
+        quantize_out=quantize_out,
     )
     names = (implementation,) if isinstance(implementation, str) else implementation
     how = primitive.How(None if names is None else tuple(names), config)
     primitive.check_names(problem, how)
-    left, right = as_tensor(lhs), as_tensor(rhs)
-    values = jax.tree.map(jnp.asarray, (left, right))
-    return _matmul(problem, how, *primitive.vary_alike(values))
+    given = as_tensor(lhs), as_tensor(rhs), extras or Extras()
+    left, right, more = primitive.vary_alike(jax.tree.map(jnp.asarray, given))
+    more = jax.tree.map(lambda x: x[None, None] if x.ndim == 1 else x, more)
+    out = _matmul(problem, how, left, right, more)
+    if quantize_out is None:
+        return out[0]
+    return Tensor(out[0], more.out_scale if quantize_out.static else out[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(problem: MatmulProblem, how: primitive.How, lhs: Tensor, rhs: Tensor) -> jax.Array:
-    return primitive.bind(problem, how, lhs, rhs)
+def _matmul(
+    problem: MatmulProblem, how: primitive.How, lhs: Tensor, rhs: Tensor, extras: Extras
+) -> list[jax.Array]:
+    return primitive.bind(problem, how, lhs, rhs, extras)
 
 
-def _forward(problem: MatmulProblem, how: primitive.How, lhs: Tensor, rhs: Tensor):
-    return primitive.bind(problem, how, lhs, rhs), (lhs, rhs)
+def _forward(problem: MatmulProblem, how: primitive.How, lhs: Tensor, rhs: Tensor, extras: Extras):
+    if problem.epilogue and problem.epilogue.quantize:
+        raise ValueError(
+            "A result that is quantized (quantize_out) has no gradient. Leave it float where gradients flow "
+            "and quantize it on the way into the next matmul (quantize_lhs), which passes them through."
+        )
+    return primitive.bind(problem, how, lhs, rhs, extras), (lhs, rhs, extras)
 
 
-def _backward(problem: MatmulProblem, how: primitive.How, saved: tuple[Tensor, Tensor], g: jax.Array):
-    lhs, rhs = saved
-    # The backward problems are others: a config for this one says nothing about them.
-    again = functools.partial(matmul, precision=problem.precision, implementation=how.implementation)
-    dlhs = drhs = None
-    if _is_float(lhs):
-        d = again(g, rhs, rhs_transposed=not problem.rhs_transposed, out_dtype=lhs.values.dtype)
-        dlhs = Tensor(_sum_shared(d, lhs))
-    if _is_float(rhs):
-        used = xla.quantize_rows(lhs.values, problem.quantize_lhs) if problem.quantize_lhs else lhs
-        d = again(g.mT, used, out_dtype=rhs.values.dtype)  # [batch, N, K]
-        drhs = Tensor(_sum_shared(d if problem.rhs_transposed else d.mT, rhs))
-    return dlhs, drhs
+def _backward(problem: MatmulProblem, how: primitive.How, saved: primitive.Operands, g: list[jax.Array]):
+    return gradient.backward(problem, how, matmul, saved, g[0])
 
 
 _matmul.defvjp(_forward, _backward)
-
-
-def _is_float(x: Tensor) -> bool:
-    return (
-        x.scale is None
-        and x.codebook is None
-        and jnp.issubdtype(x.values.dtype, jnp.floating)
-        and (jnp.finfo(x.values.dtype).bits > 8)
-    )
-
-
-def _sum_shared(d: jax.Array, x: Tensor) -> jax.Array:
-    """The gradient of an operand whose one batch served all batches of the other side is their sum."""
-    if d.shape[0] == x.shape[0]:
-        return d
-    return jnp.sum(d, axis=0, keepdims=True, dtype=jnp.float32).astype(d.dtype)

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwix_kernels.problem import CODEBOOKS, MatmulProblem, Operand, RowQuantize, Tensor
+from qwix_kernels.matmul.describe_extras import check_rows, check_static, epilogue_of, norm_of
+from qwix_kernels.problem import CODEBOOKS, Extras, MatmulProblem, Operand, RowQuantize, Tensor
 
 _PRECISIONS = ("default", "high", "highest")
 
@@ -18,11 +19,15 @@ _PRECISIONS = ("default", "high", "highest")
 def problem_of(
     lhs: Tensor | jax.Array | jax.ShapeDtypeStruct,
     rhs: Tensor | jax.Array | jax.ShapeDtypeStruct,
+    extras: Extras | None = None,
     *,
     quantize_lhs: RowQuantize | None = None,
     rhs_transposed: bool = False,
     out_dtype: Any = None,
     precision: Any = None,
+    norm_eps: float = 1e-6,
+    activation: str | None = None,
+    quantize_out: RowQuantize | None = None,
 ) -> MatmulProblem:
     """Describes the matmul of these operands, or says what is wrong with them.
 
@@ -36,13 +41,17 @@ def problem_of(
     >>> problem_of(x, Tensor(w, scale)).scheme
     'w4a16_g128'
     """
-    lhs, rhs = as_tensor(lhs), as_tensor(rhs)
+    lhs, rhs, extras = as_tensor(lhs), as_tensor(rhs), extras or Extras()
     left = _operand(lhs, "lhs", free=1, contracting=2)
-    right = (
-        _operand(rhs, "rhs", free=1, contracting=2)
-        if rhs_transposed
-        else _operand(rhs, "rhs", free=2, contracting=1)
-    )
+    axes = {"free": 1, "contracting": 2} if rhs_transposed else {"free": 2, "contracting": 1}
+    right = _operand(rhs, "rhs", **axes)
+    if extras.gate is not None:
+        gate = _operand(as_tensor(extras.gate), "gate", **axes)
+        if gate != right or extras.gate.shape != rhs.shape:
+            raise ValueError(
+                f"The gate must be quantized and shaped like rhs, got {gate} {extras.gate.shape} and {right} "
+                f"{rhs.shape}. Multiply by them one after the other instead."
+            )
     k, rhs_k = lhs.shape[2], rhs.shape[2 if rhs_transposed else 1]
     if k != rhs_k:
         raise ValueError(
@@ -53,12 +62,22 @@ def problem_of(
         raise ValueError(
             f"Batches disagree: lhs has {left.batch}, rhs {right.batch}. Make them equal, or one of them 1."
         )
+    batch = max(left.batch, right.batch)
     if quantize_lhs is not None:
         _check_row_quantize(quantize_lhs, left, k)
-    exact = left.is_integer and right.is_integer and not (left.is_quantized or right.is_quantized)
+    check_static("quantize_lhs", quantize_lhs, "lhs_scale", extras.lhs_scale, (left.batch, left.free, k))
+    norm = norm_of(extras, norm_eps, left, k)
+    epilogue = epilogue_of(extras, activation, quantize_out, batch, left.free, right.free)
+    integers = left.is_integer and right.is_integer and not (left.is_quantized or right.is_quantized)
+    exact = integers and epilogue is None
     default = jnp.int32 if exact else jnp.result_type(_value_dtype(left), _value_dtype(right))
+    default = jnp.float32 if integers and not exact else default
+    if quantize_out is not None:
+        if out_dtype is not None and jnp.dtype(out_dtype) != jnp.dtype(quantize_out.dtype):
+            raise ValueError(f"out_dtype is {out_dtype}, but quantize_out stores {quantize_out.dtype}.")
+        out_dtype = quantize_out.dtype
     out = jnp.dtype(out_dtype if out_dtype is not None else default)
-    if not (jnp.issubdtype(out, jnp.floating) or (exact and out == jnp.int32)):
+    if quantize_out is None and not (jnp.issubdtype(out, jnp.floating) or (exact and out == jnp.int32)):
         also = ", or int32 for integers without scales" if exact else ""
         raise TypeError(f"out_dtype is {out}; it must be a float{also}.")
     return MatmulProblem(
@@ -71,6 +90,8 @@ def problem_of(
         rhs_transposed=rhs_transposed,
         quantize_lhs=quantize_lhs,
         precision=_precision(precision),
+        norm=norm,
+        epilogue=epilogue,
     )
 
 
@@ -141,18 +162,7 @@ def _check_zero_point(x: Tensor, scale: tuple[int, ...], zero_point: jax.Array, 
 def _check_row_quantize(how: RowQuantize, left: Operand, k: int) -> None:
     if left.is_quantized or left.codebook or not jnp.issubdtype(left.dtype, jnp.floating):
         raise ValueError(f"quantize_lhs needs a plain float lhs, got {left}.")
-    integer = jnp.issubdtype(how.dtype, jnp.integer)
-    if not (jnp.issubdtype(how.dtype, jnp.floating) or (integer and jnp.iinfo(how.dtype).bits <= 16)):
-        raise TypeError(
-            f"quantize_lhs.dtype is {how.dtype!r}; it must be an integer of at most 16 bits or a float."
-        )
-    if not how.bound > 0:
-        raise ValueError(f"quantize_lhs.bound is {how.bound}; it must be positive.")
-    if how.tile_k < 0 or (how.tile_k and k % how.tile_k):
-        raise ValueError(
-            f"quantize_lhs.tile_k is {how.tile_k}, which does not divide K={k}. "
-            f"Give 0 (the whole row) or one of {divisors(k)}."
-        )
+    check_rows("quantize_lhs", how, k, "K")
 
 
 def _value_dtype(x: Operand) -> jnp.dtype:
@@ -177,12 +187,3 @@ def _precision(given: Any) -> str | None:
             f"precision must be None, a jax.lax.Precision or one of {_PRECISIONS}, got {given!r}."
         )
     return None if name == "default" else name
-
-
-def divisors(n: int) -> list[int]:
-    """The divisors of n in order.
-
-    >>> divisors(12)
-    [1, 2, 3, 4, 6, 12]
-    """
-    return [d for d in range(1, n + 1) if n % d == 0]

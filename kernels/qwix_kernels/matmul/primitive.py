@@ -25,8 +25,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qwix_kernels import chips, dispatch, tuning
 from qwix_kernels.chips import Chip
-from qwix_kernels.matmul import cost, xla
-from qwix_kernels.problem import MatmulProblem, Operand, Tensor
+from qwix_kernels.matmul import cost, elementwise, xla
+from qwix_kernels.problem import NO_EXTRAS, Epilogue, Extras, MatmulProblem, Operand, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,12 @@ def _tpu(name: str):
     return call
 
 
-def _run_xla(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, *, config: Any, chip: Chip) -> jax.Array:
+def _run_xla(
+    problem: MatmulProblem, lhs: Tensor, rhs: Tensor, extras: Extras, *, config: Any, chip: Chip
+) -> jax.Array | Tensor:
     quantized = problem.quantize_lhs and jnp.issubdtype(problem.quantize_lhs.dtype, jnp.integer)
     integers = problem.rhs.is_integer and (problem.lhs.is_integer or bool(quantized))
-    return xla.run(problem, lhs, rhs, one_by_one=chip.platform == "cpu" and integers)
+    return xla.run(problem, lhs, rhs, extras, one_by_one=chip.platform == "cpu" and integers)
 
 
 dispatch.register(
@@ -81,24 +83,47 @@ def check_names(problem: MatmulProblem, how: How) -> None:
     dispatch.named(problem, how.implementation)
 
 
-def bind(problem: MatmulProblem, how: How, lhs: Tensor, rhs: Tensor) -> jax.Array:
-    """[batch, M, N] of operands that `problem` describes."""
+def bind(
+    problem: MatmulProblem, how: How, lhs: Tensor, rhs: Tensor, extras: Extras = NO_EXTRAS
+) -> list[jax.Array]:
+    """[batch, M, N] of operands that `problem` describes; and the scales, where they are quantized."""
     if not all((problem.batch, problem.m, problem.n, problem.k)) or 0 in lhs.shape + rhs.shape:
-        return jnp.zeros((_batch(lhs, rhs), problem.m, problem.n), problem.out_dtype)
+        zeros = jnp.zeros((_batch(lhs, rhs), problem.m, problem.n), jnp.float32)
+        return jax.tree.leaves(elementwise.finish(problem, zeros, extras.gate and zeros, extras))
     lhs, rhs = _with_own_batch(lhs), _with_own_batch(rhs)
-    batch = problem.batch
-    fold = problem.rhs.batch == 1 and batch > 1 and not _explicit_axes()
+    extras = dataclasses.replace(extras, gate=extras.gate and _with_own_batch(extras.gate))
+    batch, m = problem.batch, problem.m
+    fold = problem.rhs.batch == 1 and batch > 1 and not _explicit_axes() and _columns_shared(extras)
     if fold:
         lhs = jax.tree.map(lambda a: a.reshape(1, -1, a.shape[2]), lhs)
-        left = dataclasses.replace(problem.lhs, batch=1, free=batch * problem.m)
-        problem = dataclasses.replace(problem, m=batch * problem.m, lhs=left)
+        extras = dataclasses.replace(extras, **{f: _into_rows(getattr(extras, f), batch, m) for f in _BY_ROW})
+        left = dataclasses.replace(problem.lhs, batch=1, free=batch * m)
+        problem = dataclasses.replace(problem, m=batch * m, lhs=left)
     if how.ambient_config is None:
         how = dataclasses.replace(how, ambient_config=tuning.ambient())
-    out = matmul_p.bind(*jax.tree.leaves((lhs, rhs)), problem=problem, how=how)
-    return out.reshape(batch, -1, problem.n) if fold else out
+    outs = matmul_p.bind(*jax.tree.leaves((lhs, rhs, extras)), problem=problem, how=how)
+    return [out.reshape(batch, m, out.shape[2]) if fold else out for out in outs]
 
 
-def vary_alike(operands: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+# The fields of Extras with one entry per row (or a single one), and those with one per column or K.
+_BY_ROW = ("lhs_scale", "residual", "out_scale")
+_BY_COLUMN = ("norm_weight", "bias", "gate_bias")
+
+
+def _columns_shared(extras: Extras) -> bool:
+    """Whether all batches share what does not change from row to row."""
+    given = (getattr(extras, f) for f in _BY_COLUMN)
+    return all(x is None or x.shape[0] == 1 for x in given)
+
+
+def _into_rows(x: jax.Array | None, batch: int, m: int) -> jax.Array | None:
+    """[batch or 1, M or 1, ...] as [1, batch * M, ...]; one row for all stays."""
+    if x is None or x.shape[:2] == (1, 1):
+        return x
+    return jnp.broadcast_to(x, (batch, m, x.shape[2])).reshape(1, batch * m, x.shape[2])
+
+
+def vary_alike(operands: Operands) -> Operands:
     """Inside shard_map: marks all arrays as varying over the axes that any of them varies over."""
     varying = [jax.typeof(a).mat.varying for a in jax.tree.leaves(operands)]
     union = frozenset().union(*varying)
@@ -129,32 +154,53 @@ def _explicit_axes() -> tuple[str, ...]:
     return tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
 
 
-def _unflatten(problem: MatmulProblem, arrays: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """The operands from what was bound: of each side values, scale and zero point, where there are any."""
-    left = [arrays[i] for i in range(1 + problem.lhs.is_quantized + problem.lhs.zero_point)]
-    right = list(arrays[len(left) :])
-    return _tensor(left, problem.lhs), _tensor(right, problem.rhs)
+Operands = tuple[Tensor, Tensor, Extras]
 
 
-def _tensor(arrays: list[Any], x: Operand) -> Tensor:
-    values, scale, zero_point = arrays + [None] * (3 - len(arrays))
-    return Tensor(values, scale, zero_point, x.codebook)
+def _unflatten(problem: MatmulProblem, leaves: Sequence[Any]) -> Operands:
+    """The operands from what was bound."""
+    return jax.tree.unflatten(_structure(problem), leaves)
+
+
+@functools.lru_cache(maxsize=4096)
+def _structure(problem: MatmulProblem) -> Any:
+    """The tree of the operands: which arrays a problem has."""
+    some = lambda there, x=0: x if there else None
+    tensor = lambda x: Tensor(0, some(x.is_quantized), some(x.zero_point), x.codebook)  # type: ignore[arg-type]
+    q, e = problem.quantize_lhs, problem.epilogue or Epilogue()
+    extras = Extras(
+        lhs_scale=some(q and q.static),
+        norm_weight=some(problem.norm),
+        bias=some(e.bias),
+        gate=some(e.gate, tensor(problem.rhs)),
+        gate_bias=some(e.gate_bias),
+        residual=some(e.residual),
+        out_scale=some(e.quantize and e.quantize.static),
+    )
+    return jax.tree.structure((tensor(problem.lhs), tensor(problem.rhs), extras))
 
 
 # --- types
 
 
 def _abstract(*avals, problem: MatmulProblem, how: How):
-    values: Any = [x.values for x in _unflatten(problem, avals)]
-    lhs, rhs = values
-    out = lhs.update(shape=(problem.batch, problem.m, problem.n), dtype=jnp.dtype(problem.out_dtype))
+    given: Any = _unflatten(problem, avals)
+    lhs, rhs = given[0].values, given[1].values
+    shapes = [((problem.batch, problem.m, problem.n), problem.out_dtype)]
+    e = problem.epilogue
+    if e and e.quantize and e.scales_out:
+        shapes.append(((problem.batch, problem.m, problem.n // (e.quantize.tile_k or problem.n)), "float32"))
+    outs = [lhs.update(shape=shape, dtype=jnp.dtype(dtype)) for shape, dtype in shapes]
     mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), None)
     if mesh is None:
-        return out
+        return outs
     left, right = lhs.sharding.spec, rhs.sharding.spec
     batch = left[0] if problem.lhs.batch == problem.batch else right[0]
-    spec = PartitionSpec(batch, left[1], right[1 if problem.rhs_transposed else 2])
-    return out.update(sharding=NamedSharding(mesh, spec))
+    columns = [right[1 if problem.rhs_transposed else 2], None]  # scales are too few to be cut
+    return [
+        out.update(sharding=NamedSharding(mesh, PartitionSpec(batch, left[1], column)))
+        for out, column in zip(outs, columns, strict=False)
+    ]
 
 
 # --- batching
@@ -162,56 +208,76 @@ def _abstract(*avals, problem: MatmulProblem, how: How):
 
 def _batch_rule(args, axes, *, problem: MatmulProblem, how: How):
     size = next(a.shape[axis] for a, axis in zip(args, axes, strict=True) if axis is not None)
-    count = 1 + problem.lhs.is_quantized + problem.lhs.zero_point
-    left = _front(args[:count], axes[:count], size)
-    right = _front(args[count:], axes[count:], size)
-    left_batch, right_batch = problem.lhs.batch, problem.rhs.batch
-    if left is not None and right is None and right_batch > 1:
-        return _batch_into_rows(left, args[count:], problem, how, size), 1
-    # Both sides need the new axis, except one that has a single matrix for all.
-    if left is None and left_batch > 1:
-        left = [jnp.broadcast_to(a, (size, *a.shape)) for a in args[:count]]
-    if left is not None and right is not None and left_batch != right_batch:
-        left, right = (_spread(x, b, problem.batch) for x, b in ((left, left_batch), (right, right_batch)))
-    lhs, rhs = (
-        [a.reshape(-1, *a.shape[2:]) for a in x] if x is not None else list(old)
-        for x, old in ((left, args[:count]), (right, args[count:]))
-    )
+    groups = _groups(_unflatten(problem, args))
+    at = _groups(_unflatten(problem, [-1 if axis is None else axis for axis in axes]))
+    front = {name: _front(jax.tree.leaves(x), jax.tree.leaves(at[name]), size) for name, x in groups.items()}
+    shared = {name for name, x in front.items() if x is None}
+    if "lhs" not in shared and problem.rhs.batch > 1 and {"rhs", "gate", *_BY_COLUMN} & {*groups} <= shared:
+        outs = _batch_into_rows(groups, front, problem, how, size)
+        return outs, [1] * len(outs)
+    batch = problem.batch
+    flat = {name: _flat(jax.tree.leaves(groups[name]), x, batch, size) for name, x in front.items()}
+    wide = lambda x: [jnp.broadcast_to(a, (size * batch, *a.shape[1:])) for a in x]
+    if "gate" in flat and len(flat["gate"][0]) != len(flat["rhs"][0]):
+        flat["gate"], flat["rhs"] = wide(flat["gate"]), wide(flat["rhs"])
+    # The rows have a batch where what is done to them has one, and where only the epilogue has one.
+    widest = max(len(flat[name][0]) for name in ("lhs", "rhs", "norm_weight", "lhs_scale") if name in flat)
+    if widest < size * batch or any(len(flat[x][0]) > 1 for x in ("norm_weight", "lhs_scale") if x in flat):
+        flat["lhs"] = wide(flat["lhs"])
     new = dataclasses.replace(
         problem,
-        lhs=dataclasses.replace(problem.lhs, batch=lhs[0].shape[0]),
-        rhs=dataclasses.replace(problem.rhs, batch=rhs[0].shape[0]),
+        lhs=dataclasses.replace(problem.lhs, batch=len(flat["lhs"][0])),
+        rhs=dataclasses.replace(problem.rhs, batch=len(flat["rhs"][0])),
     )
-    out = bind(new, how, *_unflatten(new, lhs + rhs))
-    return out.reshape(size, problem.batch, problem.m, problem.n), 0
+    outs = bind(new, how, *_unflatten(new, [a for x in flat.values() for a in x]))
+    return [out.reshape(size, batch, *out.shape[1:]) for out in outs], [0] * len(outs)
+
+
+def _groups(operands: Operands) -> dict[str, Any]:
+    """What is there, by name and in the order of the leaves; a `Tensor` is one group."""
+    lhs, rhs, extras = operands
+    named = {f.name: getattr(extras, f.name) for f in dataclasses.fields(extras)}
+    return {"lhs": lhs, "rhs": rhs} | {name: x for name, x in named.items() if x is not None}
 
 
 def _front(arrays, axes, size: int) -> list[jax.Array] | None:
-    """The arrays with the mapped axis first, or None where none of them is mapped."""
-    if all(axis is None for axis in axes):
+    """The arrays with the mapped axis first, or None where none of them is mapped (-1)."""
+    if all(axis < 0 for axis in axes):
         return None
     return [
-        jnp.broadcast_to(a, (size, *a.shape)) if axis is None else jnp.moveaxis(a, axis, 0)
+        jnp.broadcast_to(a, (size, *a.shape)) if axis < 0 else jnp.moveaxis(a, axis, 0)
         for a, axis in zip(arrays, axes, strict=True)
     ]
 
 
-def _spread(arrays: list[jax.Array], batch: int, wanted: int) -> list[jax.Array]:
-    """[size, batch, ...] with a shared batch of 1 written out."""
-    if batch == wanted:
-        return arrays
-    return [jnp.broadcast_to(a, (a.shape[0], wanted, *a.shape[2:])) for a in arrays]
+def _flat(old: list[jax.Array], front: list[jax.Array] | None, batch: int, size: int) -> list[jax.Array]:
+    """[size * batch, ...], a shared batch of 1 written out; what is shared by all stays as it is."""
+    if front is None:
+        if old[0].shape[0] == 1:
+            return old
+        front = [jnp.broadcast_to(a, (size, *a.shape)) for a in old]
+    whole = [jnp.broadcast_to(a, (size, batch, *a.shape[2:])) for a in front]
+    return [a.reshape(-1, *a.shape[2:]) for a in whole]
 
 
-def _batch_into_rows(left: list[jax.Array], right, problem: MatmulProblem, how: How, size: int) -> jax.Array:
-    """Many lhs against each of several rhs: more rows, so that no rhs is copied. -> [batch, size, M, N]"""
-    rows = [jnp.moveaxis(a, 0, 1) for a in left]
-    rows = [a.reshape(a.shape[0], -1, a.shape[3]) for a in rows]
-    new = dataclasses.replace(
-        problem, m=size * problem.m, lhs=dataclasses.replace(problem.lhs, free=size * problem.m)
-    )
-    out = bind(new, how, *_unflatten(new, [*rows, *right]))
-    return out.reshape(problem.batch, size, problem.m, problem.n)
+def _batch_into_rows(groups, front, problem: MatmulProblem, how: How, size: int) -> list[jax.Array]:
+    """Many lhs against each of several rhs: more rows, so that no rhs is copied. -> [batch, size, M, X]"""
+
+    def rows(name: str) -> list[jax.Array]:
+        old, new = jax.tree.leaves(groups[name]), front[name]
+        if name not in ("lhs", *_BY_ROW) or (new is None and old[0].shape[1] == 1):
+            return old
+        if new is None:
+            new = [jnp.broadcast_to(a, (size, *a.shape)) for a in old]
+        turned = [jnp.moveaxis(a, 0, 1) for a in new]  # [batch or 1, size, M or 1, X]
+        if name != "lhs":
+            turned = [jnp.broadcast_to(a, (*a.shape[:2], problem.m, a.shape[3])) for a in turned]
+        return [a.reshape(a.shape[0], -1, a.shape[3]) for a in turned]
+
+    left = dataclasses.replace(problem.lhs, free=size * problem.m)
+    new = dataclasses.replace(problem, m=size * problem.m, lhs=left)
+    outs = bind(new, how, *_unflatten(new, [a for name in groups for a in rows(name)]))
+    return [out.reshape(problem.batch, size, problem.m, out.shape[2]) for out in outs]
 
 
 # --- lowering
@@ -226,15 +292,17 @@ def _lower(ctx, *args, problem: MatmulProblem, how: How, platform: str | None):
     for name in (platform,) if platform else ctx.platforms or ctx.module_context.platforms:
         chip = chips.chip_for_lowering(name, device)
         impl, config = _decide(problem, how, chip, getattr(axis_context, "num_devices", 1))
-    out = ctx.avals_out[0].sharding
+    count, shardings = len(ctx.avals_out), tuple(aval.sharding for aval in ctx.avals_out)
 
     def fun(*arrays):
-        run: Any = functools.partial(impl.run, problem, config=config, chip=chip)
+        def run(*operands):
+            return tuple(jax.tree.leaves(impl.run(problem, *operands, config=config, chip=chip)))[:count]
+
         if impl.name == "xla" and _explicit_axes():
-            run = jax.sharding.auto_axes(run, out_sharding=out)
+            run = jax.sharding.auto_axes(run, out_sharding=shardings)
         return run(*_unflatten(problem, arrays))
 
-    return mlir.lower_fun(fun, multiple_results=False)(ctx, *args)
+    return mlir.lower_fun(fun, multiple_results=True)(ctx, *args)
 
 
 def _decide(problem: MatmulProblem, how: How, chip: Chip, devices: int):
@@ -253,6 +321,7 @@ def _decide(problem: MatmulProblem, how: How, chip: Chip, devices: int):
     quantized = problem.lhs.is_quantized or problem.rhs.is_quantized or problem.quantize_lhs
     if how.implementation is None and quantized:
         dispatch.warn_of_fallback(explanation, chip)
+        dispatch.warn_of_untuned(explanation, chip)
     return impl, explanation.config
 
 
@@ -267,6 +336,7 @@ def _sized(x: Operand) -> Operand:
 _NOMINAL = 256
 
 matmul_p = Primitive("qwix_matmul")
+matmul_p.multiple_results = True
 matmul_p.def_abstract_eval(_abstract)
 matmul_p.def_impl(lambda *args, **params: _jitted(**params)(*args))
 batching.primitive_batchers[matmul_p] = _batch_rule

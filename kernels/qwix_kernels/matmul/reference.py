@@ -9,6 +9,9 @@ the result, with A and B the represented operands:
     dequantizing   a value that is rounded to the multiplying dtype is off by its eps: 2 * eps_dtype * (|A| @
                    |B|)
     zero points    (a - za) * (b - zb) expanded over its four sums, so |a| + |za| stands in for |a - za|
+    rows           where the lhs is normalised, its errors, and one step of the stored type for values that
+                   are on a rounding boundary within them
+    epilogue       one rounding for each sum and product; an activation's own, and its steepness
     the result     half an eps of the output's dtype, and its smallest subnormal
 
 A float operand is multiplied in its own dtype at most as coarse as bfloat16; `precision` "highest" makes that
@@ -17,23 +20,40 @@ float32.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
 
-from qwix_kernels.problem import CODEBOOKS, MatmulProblem, RowQuantize, Tensor
+from qwix_kernels.problem import (
+    CODEBOOKS,
+    NO_EXTRAS,
+    Epilogue,
+    Extras,
+    MatmulProblem,
+    RMSNorm,
+    RowQuantize,
+    Tensor,
+)
 
 _EPS32 = 2.0**-24  # unit roundoff
 # Roundings besides the sum: three products with scales, the conversion of an accumulator, one spare for a
 # fused add.
 _SCALINGS = 5
+# Roundings in an exponential, a tanh, an error function or an inverse square root.
+_ELEMENTARY = 16
+# The steepest any activation gets: gelu, near 1.4.
+_LIPSCHITZ = 1.13
+_SMOOTH = ("silu", "gelu", "gelu_tanh")
 # Products below float32's normal range may be flushed to zero.
 _TINY = 2.0**-126
 
 
-def run(problem: MatmulProblem, lhs: Tensor, rhs: Tensor) -> np.ndarray:
+def run(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, extras: Extras = NO_EXTRAS) -> np.ndarray:
     """[batch, M, N] in float64; in exact Python-sized integers (int64) for integers without scales.
+
+    Of a problem that quantizes its result, what is quantized: `quantize_rows` does the rest.
 
     >>> from qwix_kernels.matmul.describe import problem_of
     >>> a, b = np.full((1, 1, 3), -128, np.int8), np.full((1, 3, 1), 127, np.int8)
@@ -42,16 +62,32 @@ def run(problem: MatmulProblem, lhs: Tensor, rhs: Tensor) -> np.ndarray:
     """
     if problem.out_dtype == "int32":
         return accumulators(problem, lhs, rhs)
-    a, b = operands(problem, lhs, rhs)
-    return a @ b
+    a, b = operands(problem, lhs, rhs, extras)
+    gate = None if extras.gate is None else a @ _turned(problem, dequantize(extras.gate))
+    return _epilogue(problem.epilogue or Epilogue(), a @ b, gate, extras)[0]
 
 
-def operands(problem: MatmulProblem, lhs: Tensor, rhs: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The values that the stored operands stand for, [batch, M, K] and [batch, K, N], in float64."""
+def operands(
+    problem: MatmulProblem, lhs: Tensor, rhs: Tensor, extras: Extras = NO_EXTRAS
+) -> tuple[np.ndarray, np.ndarray]:
+    """The values that are multiplied, [batch, M, K] and [batch, K, N], in float64."""
+    return dequantize(prepared(problem, lhs, extras)), _turned(problem, dequantize(rhs))
+
+
+def prepared(problem: MatmulProblem, lhs: Tensor, extras: Extras) -> Tensor:
+    """The lhs after normalisation (exact where nothing is quantized after it) and row quantization."""
+    if problem.norm:
+        lhs = Tensor(cast(Any, rms_norm(lhs, extras, problem.norm)))
     if problem.quantize_lhs:
-        lhs = quantize_rows(np.asarray(lhs.values), problem.quantize_lhs)
-    b = dequantize(rhs)
-    return dequantize(lhs), np.swapaxes(b, 1, 2) if problem.rhs_transposed else b
+        lhs = quantize_rows(np.asarray(lhs.values), problem.quantize_lhs, extras.lhs_scale)
+    return lhs
+
+
+def rms_norm(lhs: Tensor, extras: Extras, norm: RMSNorm) -> np.ndarray:
+    """x * rsqrt(mean(x^2) + eps) * weight in float64."""
+    x = np.asarray(lhs.values).astype(np.float64)
+    root = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + float(np.float32(norm.eps)))
+    return x / root * np.asarray(extras.norm_weight).astype(np.float64)
 
 
 def accumulators(problem: MatmulProblem, lhs: Tensor, rhs: Tensor) -> np.ndarray:
@@ -68,12 +104,14 @@ def dequantize(x: Tensor) -> np.ndarray:
     return values if x.scale is None else values * _spread(x.scale, values.shape)
 
 
-def quantize_rows(x: np.ndarray, how: RowQuantize) -> Tensor:
+def quantize_rows(x: np.ndarray, how: RowQuantize, scale: object = None) -> Tensor:
     """Row quantization step by step in float32, as `RowQuantize` documents it."""
     batch, m, k = x.shape
     tiled = x.astype(np.float32).reshape(batch, m, -1, how.tile_k or k)
-    scale = np.max(np.abs(tiled), axis=-1, keepdims=True) * np.float32(how.reciprocal)
-    scale = np.where(scale < np.sqrt(np.finfo(np.float32).tiny), np.float32(1), scale)
+    if scale is None:
+        scale = _row_scale(np.max(np.abs(tiled), axis=-1, keepdims=True), how)
+    else:
+        scale = np.asarray(scale).astype(np.float32)[..., None]
     with np.errstate(invalid="ignore"):
         scaled = tiled * (np.float32(1) / scale)
         if jnp.issubdtype(how.dtype, jnp.integer):
@@ -83,8 +121,23 @@ def quantize_rows(x: np.ndarray, how: RowQuantize) -> Tensor:
     return Tensor(*stored)
 
 
+def _row_scale(absmax: np.ndarray, how: RowQuantize) -> np.ndarray:
+    if how.scale_dtype == "float32":
+        scale = absmax * np.float32(how.reciprocal)
+    else:
+        _, exponent = np.frexp(absmax)  # absmax = mantissa * 2**exponent, 0.5 <= mantissa < 1
+        scale = np.ldexp(np.float32(1), np.maximum(exponent - 1 - how.emax, -126))
+        scale = np.where(np.isfinite(absmax), np.where(absmax == 0, np.float32(0), scale), np.float32(np.nan))
+    return np.where(scale < np.sqrt(np.finfo(np.float32).tiny), np.float32(1), scale)
+
+
 def error_bound(
-    problem: MatmulProblem, lhs: Tensor, rhs: Tensor, *, multiplied: str | None = None
+    problem: MatmulProblem,
+    lhs: Tensor,
+    rhs: Tensor,
+    extras: Extras = NO_EXTRAS,
+    *,
+    multiplied: str | None = None,
 ) -> np.ndarray:
     """How far each element of a result in `problem.out_dtype` may be from `run`'s, [batch, M, N] in float64.
 
@@ -96,15 +149,118 @@ def error_bound(
     """
     if problem.out_dtype == "int32":
         return np.zeros((problem.batch, problem.m, problem.n))
-    if problem.quantize_lhs:
-        lhs = quantize_rows(np.asarray(lhs.values), problem.quantize_lhs)
-    turn = lambda b: np.swapaxes(b, 1, 2) if problem.rhs_transposed else b
-    total = _magnitude(lhs) @ turn(_magnitude(rhs))
-    exact = np.abs(dequantize(lhs) @ turn(dequantize(rhs)))
+    wrong = _rounding_of_rows(problem, lhs, extras)
+    lhs = prepared(problem, lhs, extras)
     eps = {"bfloat16": 2.0**-8, "float32": _EPS32}[multiplied or _multiplied(problem)]
-    computed = ((problem.k + _SCALINGS) * _EPS32 + 2 * eps) * total
+
+    def product(w: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The exact product, and how far a computed one may be from it."""
+        total = _magnitude(lhs) @ _turned(problem, _magnitude(w))
+        computed = ((problem.k + _SCALINGS) * _EPS32 + 2 * eps) * total
+        if wrong is not None:
+            computed = computed + (1 + 3 * eps) * wrong @ _turned(problem, _magnitude(w))
+        return dequantize(lhs) @ _turned(problem, dequantize(w)), computed
+
+    z, computed = product(rhs)
+    gate, gate_computed = (None, 0.0) if extras.gate is None else product(extras.gate)
+    exact, computed = _epilogue(
+        problem.epilogue or Epilogue(), z, gate, extras, computed=computed, gate_computed=gate_computed
+    )
+    if problem.epilogue and problem.epilogue.quantize:
+        return computed + _TINY
     out = jnp.finfo(problem.out_dtype)
-    return computed + float(out.eps) / 2 * (exact + computed) + float(out.smallest_subnormal) + _TINY
+    rounding = float(out.eps) / 2 * (np.abs(exact) + computed) + float(out.smallest_subnormal)
+    return computed + rounding + _TINY
+
+
+def _rounding_of_rows(problem: MatmulProblem, lhs: Tensor, extras: Extras) -> np.ndarray | None:
+    """How far a normalised (and quantized) lhs may be from `prepared`'s, [batch, M, K]; None without norm.
+
+    mean(x^2) is off by (K + 2) eps32 at most, its inverse square root by half of that and its own error, and
+    two products follow. Where the quotient with the scale is that close to a rounding boundary, the stored
+    value may be the next one.
+    """
+    if problem.norm is None:
+        return None
+    y = rms_norm(lhs, extras, problem.norm)
+    relative = ((problem.k + 2) / 2 + 2 + _ELEMENTARY) * _EPS32
+    if problem.quantize_lhs is None:
+        return relative * np.abs(y)
+    how = problem.quantize_lhs
+    stored = quantize_rows(y, how, extras.lhs_scale)
+    scale = _spread(stored.scale, y.shape)
+    scaled = y / scale
+    most = 3 * relative * np.abs(scaled) + _EPS32  # the quotient, with the errors of y and of the scale
+    low, high = how.limits
+    step = np.maximum(_stored_step(np.clip(scaled + most, low, high), how), 0)
+    below = np.clip(scaled - most, low, high)
+    above = np.clip(scaled + most, low, high)
+    dtype = jnp.dtype(how.dtype)
+    convert = lambda v: (np.round(v) if jnp.issubdtype(dtype, jnp.integer) else v).astype(dtype)
+    moved = convert(below).astype(np.float64) != convert(above).astype(np.float64)
+    scale_moves = 0 if how.static else 2 * relative * np.abs(dequantize(stored))
+    return np.where(moved, step * scale * (1 + relative), 0.0) + scale_moves
+
+
+def _stored_step(x: np.ndarray, how: RowQuantize) -> np.ndarray:
+    """The distance between the stored values round x."""
+    if jnp.issubdtype(how.dtype, jnp.integer):
+        return np.ones_like(x)
+    info = jnp.finfo(how.dtype)
+    least = float(info.smallest_normal)
+    return 2.0 ** np.floor(np.log2(np.maximum(np.abs(x), least))) * float(info.eps)
+
+
+def _epilogue(
+    e: Epilogue,
+    z: np.ndarray,
+    gate: np.ndarray | None,
+    extras: Extras,
+    *,
+    computed: Any = 0.0,
+    gate_computed: Any = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(what follows the product, in float64; how far off it may be if the products are by `computed`).
+
+    Every addition and multiplication rounds once; an activation magnifies an error by its Lipschitz constant
+    and adds its own.
+    """
+    given = {name: getattr(extras, name) for name in ("bias", "gate_bias", "residual")}
+    wide = {name: np.asarray(x).astype(np.float64) for name, x in given.items() if x is not None}
+    z, computed = _added(z, computed, wide.get("bias"))
+    active, active_computed = _added(z if gate is None else gate, computed, None)
+    if gate is not None:
+        active, active_computed = _added(gate, gate_computed, wide.get("gate_bias"))
+    own = _ELEMENTARY * _EPS32 * np.abs(active) if e.activation in _SMOOTH else 0.0
+    active, active_computed = activate(active, e.activation), _LIPSCHITZ * active_computed + own
+    if gate is not None:
+        both = np.abs(active) * computed + np.abs(z) * active_computed + computed * active_computed
+        active, active_computed = active * z, both + 2 * _EPS32 * np.abs(active * z)
+    return _added(active, active_computed, wide.get("residual"))
+
+
+def _added(z: np.ndarray, computed: Any, other: np.ndarray | None) -> tuple[np.ndarray, Any]:
+    if other is None:
+        return z, computed
+    return z + other, computed + 2 * _EPS32 * (np.abs(z) + np.abs(other) + computed)
+
+
+def activate(x: np.ndarray, name: str | None) -> np.ndarray:
+    """One of `problem.ACTIVATIONS` in float64."""
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+    with np.errstate(over="ignore"):
+        return {
+            None: lambda: x,
+            "relu": lambda: np.maximum(x, 0),
+            "relu6": lambda: np.clip(x, 0, 6),
+            "silu": lambda: x / (1 + np.exp(-x)),
+            "gelu": lambda: x / 2 * (1 + erf(x / math.sqrt(2))),
+            "gelu_tanh": lambda: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        }[name]()
+
+
+def _turned(problem: MatmulProblem, w: np.ndarray) -> np.ndarray:
+    return np.swapaxes(w, 1, 2) if problem.rhs_transposed else w
 
 
 def _multiplied(problem: MatmulProblem) -> str:

@@ -21,7 +21,7 @@ from qwix_kernels.matmul import tpu_kernel
 from qwix_kernels.matmul.tpu_estimate import check, estimate, heuristic_config
 from qwix_kernels.matmul.tpu_plan import LANES, Config, Plan, resolve
 from qwix_kernels.matmul.tpu_values import row_scale
-from qwix_kernels.problem import MatmulProblem, Tensor, dtype_bits
+from qwix_kernels.problem import NO_EXTRAS, Extras, MatmulProblem, Tensor, dtype_bits
 
 __all__ = ["Config", "check", "estimate", "heuristic_config", "run"]
 
@@ -30,6 +30,7 @@ def run(
     problem: MatmulProblem,
     lhs: Tensor,
     rhs: Tensor,
+    extras: Extras = NO_EXTRAS,
     *,
     config: Config,
     chip: Chip,
@@ -41,6 +42,7 @@ def run(
       problem: describes the operands; `check(problem, chip)` must have passed.
       lhs: [batch or 1, M, K].
       rhs: [batch or 1, K, N], or [batch or 1, N, K] when `problem.rhs_transposed`.
+      extras: what is fused round the product.
       config: block sizes and strategy.
       chip: the chip to compile for.
       interpret: a `pltpu.InterpretParams` runs the kernel on the CPU.

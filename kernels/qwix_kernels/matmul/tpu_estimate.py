@@ -71,6 +71,12 @@ def check(problem: MatmulProblem, chip: Chip) -> None:
             refuse("has no zero points with a codebook")
         if k_tile(x, p.k) % MIN_TILE:
             refuse(f"takes K tiles of multiples of {MIN_TILE}, not {x.tile_k} ({name})")
+    if p.norm:
+        refuse("does not normalise rows")
+    if p.epilogue:
+        refuse(f"has no epilogue ({p.fused})")
+    if p.quantize_lhs and (p.quantize_lhs.static or p.quantize_lhs.scale_dtype != "float32"):
+        refuse(f"quantizes rows dynamically, by float32 scales, not as {p.quantize_lhs}")
     if p.out_dtype not in _OUT:
         refuse(f"gives {', '.join(_OUT)}, not {p.out_dtype}")
     if p.precision not in (None, "default") and any(d in ("float32", "bfloat16") for d in stored(p)):
@@ -114,13 +120,19 @@ def _best(problem: MatmulProblem, chip: Chip) -> Config:
 
 
 def _ramped(plan: Plan, chip: Chip) -> float:
-    """Static microseconds, with the first blocks' fetch and the last one's store, which nothing overlaps."""
-    compute, memory = _compute_us(plan, chip), _memory_us(plan, chip)
+    return max(_compute_us(plan, chip), _memory_us(plan, chip)) + ramp_us(plan, chip)
+
+
+def ramp_us(plan: Plan, chip: Chip) -> float:
+    """Microseconds for the first blocks' fetch and the last one's store, which nothing overlaps.
+
+    A static price does not see it, so that blocks are chosen by the sum of both.
+    """
     p = plan.problem
     first = plan.block_m * plan.block_k * dtype_bits(p.lhs.dtype)
     first += plan.block_n * plan.block_k * dtype_bits(p.rhs.dtype)
     first += plan.block_m * plan.block_n * dtype_bits(p.out_dtype)
-    return max(compute, memory) + first / 8 / (chip.hbm_gbps * 1e3)
+    return first / 8 / (chip.hbm_gbps * 1e3)
 
 
 def _fitting(p: MatmulProblem, chip: Chip) -> Iterator[tuple[Config, Plan]]:

@@ -12,6 +12,7 @@ Three ways, by what the operands are.
                       where the values are exact in bfloat16, tile by tile.
 
 All scaling is in float32, whatever dtype the scales have; the result is rounded once, to the output dtype.
+What comes before the product and after it is in elementwise.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwix_kernels.problem import CODEBOOKS, MatmulProblem, RowQuantize, Tensor
+from qwix_kernels.matmul import elementwise
+from qwix_kernels.problem import CODEBOOKS, NO_EXTRAS, Extras, MatmulProblem, Tensor
 
 # Runs of K that share their scales and are shorter than this are scaled before the dot: each dot would do too
 # little.
@@ -33,34 +35,47 @@ MIN_TILE = 32
 MAX_RUN = 1 << 15
 
 
-def run(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, *, one_by_one: bool = False) -> jax.Array:
-    """[batch, M, N] of operands in the form of problem.py.
+def run(
+    problem: MatmulProblem,
+    lhs: Tensor,
+    rhs: Tensor,
+    extras: Extras = NO_EXTRAS,
+    *,
+    one_by_one: bool = False,
+) -> jax.Array | Tensor:
+    """The result [batch, M, N] of operands in the form of problem.py, with its scales where it is quantized.
 
     `one_by_one`: integer matrices of a batch are multiplied one after the other. XLA:CPU has a fast int8 dot
     for one pair of matrices and a loop over single values, 50x slower, for a batch of them.
     """
-    if one_by_one and problem.batch > 1:
-        return _one_by_one(problem, lhs, rhs)
-    if problem.quantize_lhs:
-        lhs = quantize_rows(lhs.values, problem.quantize_lhs)
+    lhs = elementwise.prepare(problem, lhs, extras)
+    multiply = _one_by_one if one_by_one and problem.batch > 1 else _multiply
+    z = multiply(problem, lhs, rhs)
+    gate = None if extras.gate is None else multiply(problem, lhs, extras.gate)
+    return elementwise.finish(problem, z, gate, extras)
+
+
+def _multiply(problem: MatmulProblem, lhs: Tensor, rhs: Tensor) -> jax.Array:
+    """The product alone, in what it was accumulated in."""
     left = Side(lhs, is_left=True, free=1, contracting=2)
     n, k = (1, 2) if problem.rhs_transposed else (2, 1)
     right = Side(rhs, is_left=False, free=n, contracting=k)
     halves = _unpacked_halves(right)
     if halves is None:
-        return _run(problem, left, right).astype(problem.out_dtype)
+        return _run(problem, left, right)
     even, odd = (_run(problem, left, half) for half in halves)
-    return jnp.stack([even, odd], -1).reshape(even.shape[0], problem.m, problem.n).astype(problem.out_dtype)
+    return jnp.stack([even, odd], -1).reshape(even.shape[0], problem.m, problem.n)
 
 
 def _one_by_one(problem: MatmulProblem, lhs: Tensor, rhs: Tensor) -> jax.Array:
-    one = lambda x: dataclasses.replace(x, batch=1)
-    single = dataclasses.replace(problem, lhs=one(problem.lhs), rhs=one(problem.rhs))
+    alone = lambda x: dataclasses.replace(x, batch=1)
+    single = dataclasses.replace(problem, lhs=alone(problem.lhs), rhs=alone(problem.rhs))
 
     def pick(x: Tensor, i) -> Tensor:
         return x if x.shape[0] == 1 else jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1), x)
 
-    return jax.lax.map(lambda i: run(single, pick(lhs, i), pick(rhs, i))[0], jnp.arange(problem.batch))
+    one = lambda i: _multiply(single, pick(lhs, i), pick(rhs, i))[0]
+    return jax.lax.map(one, jnp.arange(problem.batch))
 
 
 def _run(problem: MatmulProblem, left: Side, right: Side) -> jax.Array:
@@ -71,25 +86,6 @@ def _run(problem: MatmulProblem, left: Side, right: Side) -> jax.Array:
         if small and math.gcd(left.tile, right.tile) >= min(MIN_TILE, problem.k):
             return _sum_over_tiles(problem.k, left, right, MAX_RUN, _byte_dot)
     return _float_dot(problem, left, right)
-
-
-def quantize_rows(x: jax.Array, how: RowQuantize) -> Tensor:
-    """Quantizes [batch, M, K] as `RowQuantize` says. The scale is float32, [batch, M, K / tile].
-
-    4-bit values are given in int8, which is what they would be widened to.
-    """
-    batch, m, k = x.shape
-    tile = how.tile_k or k
-    tiled = x.astype(jnp.float32).reshape(batch, m, k // tile, tile)
-    scale = jnp.max(jnp.abs(tiled), axis=-1, keepdims=True) * np.float32(how.reciprocal)
-    scale = jnp.where(scale < np.sqrt(np.finfo(np.float32).tiny), np.float32(1), scale)
-    low, high = (np.float32(v) for v in how.limits)
-    scaled = tiled * (1 / scale)
-    if jnp.issubdtype(how.dtype, jnp.integer):
-        scaled = jnp.round(scaled)
-    values = jnp.clip(scaled, low, high).reshape(x.shape)
-    values = values.astype(jnp.int8 if how.dtype in ("int2", "int4") else how.dtype)
-    return Tensor(values, scale[..., 0])
 
 
 @dataclasses.dataclass(frozen=True)

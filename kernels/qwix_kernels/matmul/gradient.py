@@ -1,0 +1,119 @@
+"""The gradient of a matmul and of what is fused round it.
+
+It flows to float operands through the other side's dequantized values, by the same op on the same stored
+arrays (`rhs_transposed` flipped), so that a backward pass dequantizes no weight either. Row quantization of
+the lhs is passed straight through. Quantized operands and all scales get zero gradients: train those through
+the float values that they came from.
+
+Where an activation or a gate needs the sums before it, they are computed again by the forward kernel instead
+of being kept: [M, N] float32 is more than most layers' weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwix_kernels.matmul import elementwise
+from qwix_kernels.matmul.primitive import How, Operands
+from qwix_kernels.problem import Epilogue, Extras, MatmulProblem, Tensor
+
+Matmul = Callable[..., Any]
+
+
+def backward(problem: MatmulProblem, how: How, matmul: Matmul, saved: Operands, g: jax.Array):
+    """(d lhs, d rhs, d extras) for a gradient `g` of the result; `matmul` is the op itself."""
+    lhs, rhs, extras = saved
+    # The backward problems are others: a config for this one says nothing about them.
+    again = functools.partial(matmul, precision=problem.precision, implementation=how.implementation)
+    dz, dgate, dextras = _through_epilogue(problem, again, saved, g)
+    dlhs = drhs = None
+    if _is_float(lhs):
+        dy = again(dz, rhs, rhs_transposed=not problem.rhs_transposed, out_dtype=_dtype_of_rows(problem))
+        if dgate is not None:
+            dy = again(
+                dgate,
+                extras.gate,
+                Extras(residual=dy),
+                rhs_transposed=not problem.rhs_transposed,
+                out_dtype=_dtype_of_rows(problem),
+            )
+        if problem.norm is None:
+            dx = dy
+        else:
+            normalise = functools.partial(elementwise.rms_norm, norm=problem.norm)
+            _, pull = jax.vjp(normalise, lhs.values, extras.norm_weight)
+            dx, dweight = pull(_sum_to(dy, lhs.shape, jnp.promote_types(lhs.values.dtype, jnp.float32)))
+            dextras = dataclasses.replace(dextras, norm_weight=dweight)
+        dlhs = Tensor(_sum_to(dx, lhs.shape, lhs.values.dtype))
+    if _is_float(rhs):
+        used = elementwise.prepare(problem, lhs, extras)
+
+        def of_weight(d: jax.Array, w: Tensor) -> Tensor:
+            d = again(d.mT, used, out_dtype=w.values.dtype)  # [batch, N, K]
+            return Tensor(_sum_to(d if problem.rhs_transposed else d.mT, w.shape, w.values.dtype))
+
+        drhs = of_weight(dz, rhs)
+        if dgate is not None:
+            assert extras.gate is not None
+            dextras = dataclasses.replace(dextras, gate=of_weight(dgate, extras.gate))
+    return dlhs, drhs, dextras
+
+
+def _through_epilogue(
+    problem: MatmulProblem, again: Matmul, saved: Operands, g: jax.Array
+) -> tuple[jax.Array, jax.Array | None, Extras]:
+    """The gradients of the two sums (the gate's is None without one), and of the epilogue's arrays."""
+    lhs, rhs, extras = saved
+    e = problem.epilogue or Epilogue()
+    dresidual = _to(g, extras.residual)
+    if e.activation is None and not e.gate:
+        return g, None, Extras(bias=_to(g, extras.bias), residual=dresidual)
+    prologue = Extras(lhs_scale=extras.lhs_scale, norm_weight=extras.norm_weight)
+    sums = functools.partial(
+        again,
+        lhs,
+        quantize_lhs=problem.quantize_lhs,
+        norm_eps=problem.norm.eps if problem.norm else 0.0,
+        rhs_transposed=problem.rhs_transposed,
+        out_dtype=jnp.float32,
+    )
+    z = sums(rhs, dataclasses.replace(prologue, bias=extras.bias))
+    if not e.gate:
+        _, pull = jax.vjp(lambda z: elementwise.activate(z, e.activation), z)
+        (dz,) = pull(g.astype(jnp.float32))
+        return dz.astype(g.dtype), None, Extras(bias=_to(dz, extras.bias), residual=dresidual)
+    gate = sums(extras.gate, dataclasses.replace(prologue, bias=extras.gate_bias))
+    _, pull = jax.vjp(lambda z, gate: elementwise.activate(gate, e.activation) * z, z, gate)
+    dz, dgate = pull(g.astype(jnp.float32))
+    dextras = Extras(bias=_to(dz, extras.bias), gate_bias=_to(dgate, extras.gate_bias), residual=dresidual)
+    return dz.astype(g.dtype), dgate.astype(g.dtype), dextras
+
+
+def _dtype_of_rows(problem: MatmulProblem) -> str:
+    """What the gradient of the rows is computed to: float32 where more is to come."""
+    return "float32" if problem.norm or problem.products > 1 else problem.lhs.dtype
+
+
+def _is_float(x: Tensor) -> bool:
+    return (
+        x.scale is None
+        and x.codebook is None
+        and jnp.issubdtype(x.values.dtype, jnp.floating)
+        and (jnp.finfo(x.values.dtype).bits > 8)
+    )
+
+
+def _to(d: jax.Array, x: jax.Array | None) -> jax.Array | None:
+    return None if x is None else _sum_to(d, x.shape, x.dtype)
+
+
+def _sum_to(d: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The gradient of what served several batches or rows is their sum, taken in float32."""
+    axes = tuple(a for a, (wide, one) in enumerate(zip(d.shape, shape, strict=True)) if wide != one)
+    return (jnp.sum(d, axes, keepdims=True, dtype=jnp.float32) if axes else d).astype(dtype)
