@@ -120,10 +120,31 @@ def test_noise_reaches_every_integer_type(qtype):
     np.testing.assert_array_equal(np.asarray(out).astype(int), [2, 0])
 
 
-@pytest.mark.parametrize("qtype", ["nf4", "int1", "float8_e4m3fn", "mxfp4"])
-def test_noise_is_refused_where_it_would_be_ignored(qtype):
+@pytest.mark.parametrize("qtype", ["nf4", "int1", "float8_e8m0fnu"])
+def test_noise_is_refused_where_it_has_no_meaning(qtype):
     with pytest.raises(ValueError, match="noise_fn"):
         numerics.convert_to(jnp.ones(2), qtype, lambda shape: jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("qtype", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "mxfp4"])
+def test_floats_are_rounded_to_a_neighbour_by_noise(qtype):
+    """Each value of the dtype stays under any noise; between two of them, noise decides where it should."""
+    stored = numerics.storage_dtype(qtype)
+    bits = jnp.arange(2 ** jnp.finfo(stored).bits, dtype=jnp.uint8)
+    if jnp.finfo(stored).bits == 4:
+        bits = bits.astype(jnp.uint4)
+    values = np.asarray(jax.lax.bitcast_convert_type(bits, stored), np.float64)
+    values = jnp.array(sorted(set(values[np.isfinite(values)])), jnp.float32)
+    for noise in (-0.5, 0.0, 0.25, 0.5 - 2.0**-24):
+        out = numerics.convert_to(values, qtype, lambda shape, v=noise: jnp.full(shape, v))
+        np.testing.assert_array_equal(np.asarray(out, np.float32), values)
+    low, high = values[:-1], values[1:]
+    quarter = low + (high - low) / 4
+    for noise in (-0.3, 0.2, 0.3):
+        out = np.asarray(numerics.convert_to(quarter, qtype, lambda shape, v=noise: jnp.full(shape, v)))
+        # a quarter of the way from zero for positive numbers, three quarters for negative ones
+        up = jnp.where(quarter > 0, noise >= 0.25, noise < -0.25)
+        np.testing.assert_array_equal(out.astype(np.float32), jnp.where(up, high, low))
 
 
 def test_conversions_work_in_a_trace():

@@ -1,5 +1,7 @@
 """quantize and dequantize: accuracy anchors, scales, and what they refuse."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,7 +203,11 @@ def test_an_axis_cannot_be_both_channelwise_and_tiled():
 @pytest.mark.parametrize(
     "method, message",
     [
-        ("median", "Unsupported calibration"),
+        ("median", "Unsupported calibration.*percentile, mse"),
+        ("percentile", "A percentage is required"),
+        ("percentile,101", "A percentage is required"),
+        ("mse,0", "lowest fraction"),
+        ("mse,0.5,1", "at most one number"),
         ("rms", "A scale factor is required"),
         ("fixed", "A fixed range is required"),
         ("fixed,1,2", "must contain 0"),
@@ -250,3 +256,48 @@ def test_stochastic_rounding_is_unbiased(normal):
 def test_only_a_qarray_is_dequantized():
     with pytest.raises(TypeError, match="dequantize takes a QArray"):
         qwix.dequantize(jnp.ones((2, 2)))
+
+
+@pytest.mark.parametrize("axes, tiles", [((1,), {}), ((), {1: 32}), ((), {})])
+def test_a_percentile_is_numpys(axes, tiles, normal):
+    x = normal(3, 8, 64)
+    how = calibration.HowToQuantize(
+        qtype="int8", channelwise_axes=axes, tiled_axes=tiles, calibration_method="percentile,90"
+    )
+    split, over = (x.reshape(8, 2, 32), (0, 2)) if tiles else (x, (0,) if axes else (0, 1))
+    expected = np.percentile(np.abs(split), 90, axis=over)
+    out = calibration.calibrate(x, how)["absmax"]
+    assert out.shape == calibration.get_scale_shape(x.shape, how)
+    np.testing.assert_allclose(out.reshape(expected.shape), expected, rtol=1e-6)
+    top = dataclasses.replace(how, calibration_method="percentile,100")
+    plain = dataclasses.replace(how, calibration_method="absmax")
+    np.testing.assert_array_equal(
+        calibration.calibrate(x, top)["absmax"], calibration.calibrate(x, plain)["absmax"]
+    )
+    empty = calibration.calibrate(x[:0], dataclasses.replace(how, channelwise_axes=(), tiled_axes={}))
+    np.testing.assert_array_equal(empty["absmax"], [[0.0]])
+
+
+@pytest.mark.parametrize("qtype", ["int2", "int4", "int8", "nf4", "float8_e4m3fn"])
+def test_mse_finds_the_best_of_its_fractions(qtype, normal):
+    """No fraction of absmax on the grid gives a smaller error for any channel; few bits clip the outlier."""
+    x = normal(4, 256, 4).at[0, 0].set(8.0)
+    q = qwix.quantize(x, qtype, channelwise_axes=(1,), calibration_method="mse,0.1")
+    error = lambda scale: ((np.asarray(q_of(scale).dequantize(), np.float64) - np.asarray(x)) ** 2).sum(0)
+    q_of = lambda scale: qarray.quantize_with_scale_zero_point(x, qtype, scale, None)
+    absmax = jnp.abs(x).max(0, keepdims=True)
+    scales = [
+        calibration.compute_scale_zero_point({"absmax": absmax * np.float32(1 - 0.02 * i)}, qtype)[0]
+        for i in range(46)
+    ]
+    best = np.min([error(s) for s in scales], axis=0)
+    assert (error(q.scale) <= best * (1 + 1e-5)).all()
+    if qtype == "int4":
+        assert float(q.scale[0, 0]) < float(scales[0][0, 0])
+
+
+def test_mse_and_percentile_propagate_nan(normal):
+    x = normal(5, 4, 4).at[0, 0].set(jnp.nan)
+    for method in ("mse", "percentile,99"):
+        how = calibration.HowToQuantize(qtype="int4", channelwise_axes=(1,), calibration_method=method)
+        assert np.isnan(calibration.calibrate(x, how)["absmax"]).tolist() == [[True, False, False, False]]

@@ -54,3 +54,41 @@ def test_noise_is_within_half_a_step_and_varies_along_its_axes():
         assert float(jnp.abs(noise).max()) <= 0.5 and abs(float(noise.mean())) < 0.05
     with pytest.raises(ValueError, match="Unknown method"):
         stochastic_rounding.get_noise_fn("gaussian", key)((4,))
+
+
+def test_pruning_starts_and_is_updated_when_the_rule_says(normal):
+    """Steps 0 and 1 keep all; masks are found at steps 2 and 5 and stay in between; evaluation keeps one."""
+    rule = qwix.SparsityRule(
+        weight_sparsity_n=1,
+        weight_sparsity_m=4,
+        weight_sparsity_start_step=2,
+        weight_sparsity_update_step=3,
+    )
+    update = jax.jit(lambda state, w: sparsity.update_state(state, w, rule))
+    weights = [normal(seed, 2, 8) for seed in range(7)]
+    state, masks = sparsity.init_state((2, 8)), []
+    for w in weights:
+        state = update(state, w)
+        masks.append(np.asarray(state["mask"]))
+    fresh = [np.asarray(sparsity.get_sparsity_mask(w, 1, 4)) for w in weights]
+    everything = np.ones((2, 8), bool)
+    expected = [everything, everything, fresh[2], fresh[2], fresh[2], fresh[5], fresh[5]]
+    np.testing.assert_array_equal(masks, expected)
+    assert int(state["step"]) == 7 and (fresh[2] != fresh[5]).any()
+    frozen = sparsity.update_state(state, weights[0], qwix.SparsityRule(**vars(rule) | {"eval_mode": True}))
+    np.testing.assert_array_equal(frozen["mask"], masks[-1])
+    assert int(frozen["step"]) == 7
+
+
+def test_the_default_rule_keeps_its_state_as_it_is(normal):
+    state = sparsity.update_state(sparsity.init_state((3,)), normal(0, 3), qwix.SparsityRule())
+    assert bool(state["mask"].all())
+    with pytest.raises(ValueError, match="update step 1"):
+        sparsity.update_state(state, normal(0, 3), qwix.SparsityRule(weight_sparsity_update_step=0))
+
+
+def test_activations_have_a_pattern_of_their_own():
+    rule = qwix.SparsityRule(activation_sparsity_n=1, activation_sparsity_m=2)
+    x = jnp.array([[1.0, -2.0, 3.0, 0.5]])
+    np.testing.assert_array_equal(qarray.sparsify(x, rule), x)
+    np.testing.assert_array_equal(qarray.sparsify(x, rule, "activation"), [[0.0, -2.0, 3.0, 0.0]])

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from qwix._src.core import layout, numerics
 
 Calibration = dict[str, jax.Array]
-METHODS = ("absmax", "minmax", "rms", "fixed")
+METHODS = ("absmax", "minmax", "rms", "fixed", "percentile", "mse")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class HowToQuantize:
       channelwise_axes: axes along which every index has its own scale. Negative axes count from the back.
       tiled_axes: {axis: size}; along it, runs of `size` neighbours share a scale. A float size is the
         fraction of the axis that a tile covers: 1 / 8 makes 8 tiles.
-      calibration_method: 'absmax[,factor]', 'minmax[,factor]', 'rms,factor', 'fixed,bound' or 'fixed,lo,hi'.
+      calibration_method: how the range is found; see `calibrate`.
       noise_fn: shape -> noise added before rounding to an integer, for stochastic rounding.
 
     >>> HowToQuantize(qtype="int8", tiled_axes={-1: 32}) == HowToQuantize(qtype=jnp.int8, tiled_axes={-1: 32})
@@ -110,6 +110,16 @@ def parse_method(method: str) -> tuple[str, tuple[float, ...]]:
 def calibrate(array: jax.Array, how: HowToQuantize) -> Calibration:
     """The range to represent, per scale: {'absmax'} (symmetric) or {'min', 'max'} (with a zero point).
 
+    By `how.calibration_method`:
+      'absmax[,factor]'     the largest magnitude, times the factor
+      'minmax[,factor]'     the least and the greatest value (0 included), times the factor; asymmetric
+      'rms,factor'          the root of the mean square, times the factor
+      'fixed,bound'         this bound, whatever the values; 'fixed,lo,hi' asymmetric
+      'percentile,p'        the magnitude below which p percent of the values lie (linear between neighbours);
+                            99.9 and 99.99 are usual (Wu et al., arXiv 2004.09602, section 4.3)
+      'mse[,lowest]'        the fraction of absmax, of 1.0, 0.98, ... down to `lowest` (0.2), that gives the
+                            least mean square of the rounding error (Nagel et al., arXiv 2106.08295, 3.1)
+
     Every entry has the scale's shape, except that 'fixed' is one range for the whole array (shape of ones).
     NaN anywhere makes its scale NaN. An empty array has the range 0.
 
@@ -123,9 +133,13 @@ def calibrate(array: jax.Array, how: HowToQuantize) -> Calibration:
         return _fixed(array, args)
     if name == "rms" and len(args) != 1:
         raise ValueError(f"A scale factor is required for RMS calibration, as in 'rms,7'. Got {args}.")
+    if name == "percentile" and not (len(args) == 1 and 0 < args[0] <= 100):
+        raise ValueError(f"A percentage is required, above 0 and at most 100: 'percentile,99.9'. Got {args}.")
     if len(args) > 1:
-        raise ValueError(f"Unsupported calibration: {name} takes at most one factor, got {args}.")
-    factor = args[0] if args else 1.0
+        raise ValueError(f"Unsupported calibration: {name} takes at most one number, got {args}.")
+    if name == "mse":
+        return {"absmax": _least_error(array, how, *args).astype(array.dtype)}
+    factor = args[0] if args and name != "percentile" else 1.0
 
     runs, axes = _runs(array.astype(numerics.compute_dtype(array.dtype)), shape)
     reduce = functools.partial(_reduce, runs, axes, shape)
@@ -136,6 +150,9 @@ def calibrate(array: jax.Array, how: HowToQuantize) -> Calibration:
             "min": reduce(lambda x, axis: jnp.min(x, axis=axis, initial=0)),
             "max": reduce(lambda x, axis: jnp.max(x, axis=axis, initial=0)),
         }
+    elif name == "percentile":
+        cut = lambda x, axis: jnp.percentile(jnp.abs(x), args[0], axis=axis)
+        stats = {"absmax": reduce(cut if array.size else lambda x, axis: jnp.sum(x, axis=axis))}
     else:
         count = max(1, math.prod(runs.shape[a] for a in axes))
         stats = {"absmax": reduce(lambda x, axis: jnp.sqrt(jnp.sum(x * x, axis=axis) / count))}
@@ -159,6 +176,35 @@ def _reduce(
     x: jax.Array, axes: tuple[int, ...], shape: tuple[int, ...], op: Callable[..., jax.Array]
 ) -> jax.Array:
     return op(x, axis=axes).reshape(shape)
+
+
+_FRACTION_STEP = 0.02
+
+
+def _least_error(array: jax.Array, how: HowToQuantize, lowest: float = 0.2) -> jax.Array:
+    """The absmax, among fractions of the true one, with the least squared error of each scale's values."""
+    if not 0 < lowest <= 1:
+        raise ValueError(f"'mse,{lowest}': the lowest fraction of absmax must be above 0 and at most 1.")
+    plain = dataclasses.replace(how, calibration_method="absmax")
+    x = array.astype(numerics.compute_dtype(array.dtype))
+    whole = calibrate(x, plain)["absmax"]
+
+    def error(absmax: jax.Array) -> jax.Array:
+        scale, _ = compute_scale_zero_point({"absmax": absmax.astype(array.dtype)}, how.qtype)
+        scale = scale.astype(x.dtype)
+        scaled = layout.call_with_generic_broadcast(jnp.divide, x, scale)
+        stored = numerics.convert_from(numerics.convert_to(scaled, how.qtype), how.qtype).astype(x.dtype)
+        off = layout.call_with_generic_broadcast(jnp.multiply, stored, scale) - x
+        runs, axes = _runs(off * off, whole.shape)
+        return runs.sum(axes).reshape(whole.shape)
+
+    def step(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        absmax = whole * (1 - i.astype(x.dtype) * _FRACTION_STEP)
+        now = error(absmax)
+        return jnp.where(now < best[0], now, best[0]), jnp.where(now < best[0], absmax, best[1])
+
+    steps = round((1 - lowest) / _FRACTION_STEP)
+    return jax.lax.fori_loop(1, steps + 1, step, (error(whole), whole))[1]
 
 
 def _fixed(array: jax.Array, args: tuple[float, ...]) -> Calibration:
@@ -256,6 +302,8 @@ def inside_calibration(
     """Where `array` lies within its calibrated range, or None for methods that cover all of it."""
     name, args = parse_method(calibration_method)
     if name in ("absmax", "minmax") and (not args or args[0] >= 1):
+        return None
+    if name == "percentile" and args[0] >= 100:
         return None
     low, high = _range(calibration)
     inside = layout.call_with_generic_broadcast(jnp.greater_equal, array, low)

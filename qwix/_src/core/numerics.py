@@ -180,8 +180,12 @@ def convert_to(x: jax.Array, qtype: DTypeLike | str, noise_fn: NoiseFn | None = 
     Args:
       x: float array, divided by its scale.
       qtype: what to convert to.
-      noise_fn: shape -> float32 noise, added before rounding (stochastic rounding). Integers of 2 bits and
-      up.
+      noise_fn: shape -> float32 noise in [-0.5, 0.5), added before rounding, in units of the distance between
+        stored values (stochastic rounding: uniform noise makes the result right on average). For integers of
+        2 bits and up and for floats with a mantissa.
+
+    Raises:
+      ValueError: noise for 'nf4', 'int1' or float8_e8m0fnu.
 
     >>> convert_to(jnp.array([1.2, 3.5, -1300.0]), "int6")
     Array([  1,   4, -32], dtype=int8)
@@ -191,11 +195,11 @@ def convert_to(x: jax.Array, qtype: DTypeLike | str, noise_fn: NoiseFn | None = 
     x = x.astype(compute_dtype(x.dtype))
     rounds = jnp.issubdtype(storage, jnp.integer) and qtype not in ("nf4", "int1")
     if noise_fn is not None:
-        if not rounds:
+        if not rounds and (jnp.issubdtype(storage, jnp.integer) or not jnp.finfo(storage).nmant):
             raise ValueError(
-                f"noise_fn rounds integers stochastically; {qtype!s} isn't one of 2 bits or more."
+                f"noise_fn rounds integers of 2 bits or more and floats with a mantissa, not {qtype!s}."
             )
-        x = x + noise_fn(x.shape)
+        x = x + noise_fn(x.shape) if rounds else _round_to_float(x, storage, noise_fn(x.shape))
     if isinstance(qtype, str) and qtype == "nf4":
         return fp_to_nf4(x)
     if isinstance(qtype, str) and qtype == "int1":
@@ -204,6 +208,22 @@ def convert_to(x: jax.Array, qtype: DTypeLike | str, noise_fn: NoiseFn | None = 
         return jnp.clip(jnp.round(x), *integer_range(qtype)).astype(storage)
     info = jnp.finfo(storage)
     return jnp.clip(x, float(info.min), float(info.max)).astype(storage)
+
+
+def _round_to_float(x: jax.Array, dtype: np.dtype, noise: jax.Array) -> jax.Array:
+    """x rounded up or down to a value of a narrow float dtype, up where noise + 0.5 reaches what is missing.
+
+    The distance between neighbours is 2**(exponent - mantissa bits), so |x| in units of it is exact, and its
+    fraction is the probability of rounding up under uniform noise. A value of the dtype stays as it is.
+    """
+    info = jnp.finfo(dtype)
+    x = jnp.clip(x, float(info.min), float(info.max))
+    exponent = jnp.maximum(jnp.frexp(x)[1] - 1, info.minexp)
+    unit = jnp.ldexp(jnp.ones_like(x), exponent - info.nmant)
+    steps = jnp.abs(x) / unit
+    whole = jnp.floor(steps)
+    up = (steps - whole) + (noise + 0.5) >= 1
+    return jnp.copysign((whole + up) * unit, x)
 
 
 def integer_range(qtype: DTypeLike | str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from qwix._src.core.quantized_array import (
     rewriting_take,
     validate_qarray,
 )
-from qwix._src.core.sparsity import SparsityRule, get_sparsity_mask
+from qwix._src.core.sparsity import SparsityRule, get_rule_mask
 
 __all__ = [
     "Calibration",
@@ -179,14 +179,10 @@ def _quantize_compiled(array: jax.Array, how: HowToQuantize, reciprocal: bool) -
     return quantize(array, how)
 
 
-def sparsify(array: jax.Array, rule: SparsityRule) -> jax.Array:
-    """Zeroes what the rule's weight pattern prunes."""
-    mask = get_sparsity_mask(
-        array,
-        rule.weight_sparsity_n,
-        rule.weight_sparsity_m,
-        rule.weight_sparsity_order,
-        rule.weight_sparsity_block_size,
-        rule.weight_sparsity_offset,
-    )
-    return jnp.where(mask, array, 0)
+def sparsify(
+    array: jax.Array, rule: SparsityRule, of: Literal["weight", "activation"] = "weight"
+) -> jax.Array:
+    """Zeroes what the rule's pattern for weights, or for activations, prunes."""
+    if not getattr(rule, f"{of}_sparsity_m"):
+        return array
+    return jnp.where(get_rule_mask(array, rule, of), array, 0)

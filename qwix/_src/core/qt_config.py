@@ -1,9 +1,9 @@
 """How one contraction is quantized in training: forward, and each of its two gradients.
 
 One config serves dots, convolutions and ragged dots. Fields are named for what they quantize: `lhs_*` and
-`rhs_*` the operands of the forward op, `dlhs_*` and `drhs_*` the op that computes the gradient of lhs and that
-of rhs. In that op `d*_grad_*` quantizes the incoming gradient, and `d*_residual_*` the other operand where the
-forward op left it float.
+`rhs_*` the operands of the forward op, `dlhs_*` and `drhs_*` the op that computes the gradient of lhs and
+that of rhs. In that op `d*_grad_*` quantizes the incoming gradient, and `d*_residual_*` the other operand
+where the forward op left it float.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class QtConfig:
         is quantized.
       use_original_residuals: multiply gradients with the float operands, not with the quantized ones.
       disable_gradient_clipping: let gradients through where an operand lies outside its calibrated range.
-      sparsity_rule: N:M pattern that prunes rhs before anything else.
+      sparsity_rule: N:M patterns that prune rhs (weight_*) and lhs (activation_*) before anything else.
 
     >>> QtConfig(lhs_qtype="int8", rhs_qtype="int4", tile_size=32).tile_size_of("lhs")
     32

@@ -104,8 +104,9 @@ class _Call:
 
 def contract(op: Op, lhs: Operand, rhs: Operand, config: QtConfig, extra: Any, dtype: Any) -> jax.Array:
     """Runs `op` as `config` says. `dtype`: of the result."""
-    if config.sparsity_rule is not None and _is_float(rhs):
-        rhs = qarray.sparsify(rhs, config.sparsity_rule)
+    if config.sparsity_rule is not None:
+        lhs = qarray.sparsify(lhs, config.sparsity_rule, "activation") if _is_float(lhs) else lhs
+        rhs = qarray.sparsify(rhs, config.sparsity_rule) if _is_float(rhs) else rhs
     operands, calibrations = {"lhs": lhs, "rhs": rhs}, {}
     for side in _SIDES:
         how = forward_how(op, config, side)
@@ -294,7 +295,7 @@ def _sums_whole_numbers(gradient: Gradient, x: QArray) -> bool:
 
 
 def scale_gradient(g: jax.Array, scale: jax.Array) -> jax.Array:
-    """g * scale, generically broadcast, in float32 at least. float16, whose range is short, stays that wide."""
+    """g * scale, generically broadcast. Computed in float32 at least; float16, of short range, stays that."""
     wide = numerics.compute_dtype(g.dtype)
     out = layout.call_with_generic_broadcast(jnp.multiply, g.astype(wide), scale.astype(wide))
     return out if g.dtype == jnp.float16 else out.astype(g.dtype)

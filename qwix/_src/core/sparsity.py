@@ -6,9 +6,13 @@ A mask is True where a value is kept: the N largest magnitudes of every M, the l
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
+SparsityState = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +24,10 @@ class SparsityRule:
       weight_sparsity_order: 'R' groups along the last axis, 'C' along the one before it.
       weight_sparsity_block_size: above 1, blocks of that many neighbours are kept or pruned as one.
       weight_sparsity_offset: above 0, members of a group lie that far apart.
-      weight_sparsity_start_step, weight_sparsity_update_step, eval_mode, activation_sparsity_*: for training.
+      weight_sparsity_start_step: the training step from which weights are pruned (see `update_state`).
+      weight_sparsity_update_step: every how many steps what is kept is decided anew.
+      eval_mode: use the mask that training left, and leave it.
+      activation_sparsity_*: the same pattern for activations, decided for every input.
     """
 
     weight_sparsity_n: int = 0
@@ -36,6 +43,40 @@ class SparsityRule:
     activation_sparsity_order: str = "R"
     activation_sparsity_block_size: int = 0
     activation_sparsity_offset: int = 0
+
+
+def init_state(shape: tuple[int, ...]) -> SparsityState:
+    """The state of one weight's pruning before the first step: everything is kept."""
+    return {"step": jnp.zeros((), jnp.int32), "mask": jnp.ones(shape, bool)}
+
+
+def update_state(state: Mapping[str, jax.Array], weight: jax.Array, rule: SparsityRule) -> SparsityState:
+    """The state for this training step; prune with its mask: `jnp.where(state["mask"], weight, 0)`.
+
+    The mask is found from the weight at the rule's start step and every update step after it, and kept in
+    between, so that weights settle. Before that everything is kept.
+
+    >>> rule = SparsityRule(weight_sparsity_n=1, weight_sparsity_m=2, weight_sparsity_start_step=1)
+    >>> state = update_state(init_state((2,)), jnp.array([1.0, 2.0]), rule)
+    >>> state["mask"].tolist(), update_state(state, jnp.array([1.0, 2.0]), rule)["mask"].tolist()
+    ([True, True], [False, True])
+    """
+    if rule.weight_sparsity_update_step < 1 or rule.weight_sparsity_start_step < 0:
+        raise ValueError(f"The start step must not be negative, the update step 1 at least: {rule}.")
+    if rule.eval_mode or not rule.weight_sparsity_m:
+        return dict(state)
+    since = state["step"] - rule.weight_sparsity_start_step
+    due = (since >= 0) & (since % rule.weight_sparsity_update_step == 0)
+    mask = jax.lax.cond(due, lambda: get_rule_mask(weight, rule), lambda: state["mask"])
+    return {"step": state["step"] + 1, "mask": mask}
+
+
+def get_rule_mask(
+    array: jax.Array, rule: SparsityRule, of: Literal["weight", "activation"] = "weight"
+) -> jax.Array:
+    """True for what the rule's pattern for weights, or for activations, keeps."""
+    fields = ("n", "m", "order", "block_size", "offset")
+    return get_sparsity_mask(array, *(getattr(rule, f"{of}_sparsity_{field}") for field in fields))
 
 
 def get_sparsity_mask(
