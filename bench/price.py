@@ -2,191 +2,93 @@
 
     python -m bench.price --chip v5e --scheme w4a16_g128 --m 1024 --k 4096 --n 4096 --json
     python -m bench.price --chip v5e,v6e --scheme w8a8,w4a16_g128 --m 16,1024
-    python -m bench.price --suite canonical --check
     python -m bench.price --model llama3_8b --chip v6e --scheme w4a16_g128 --m 16
+    python -m bench.price --suite matmul --check
 
 How to read the result, and what it leaves out: docs/pricing.md.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import tqdm
 from absl import app, flags
 
-from bench import reference_figures, shapes, tpu_compile
+from bench import misses, pool, shapes, suites, targets, tpu_compile
+from bench.cache import default_folder
+from bench.cells import Cell, cells_of
 
 _CHIP = flags.DEFINE_list("chip", None, f"Chips: {', '.join(tpu_compile.TOPOLOGY)}. All of them for a suite.")
 _SCHEME = flags.DEFINE_list("scheme", None, "Schemes, for example w8a8,w4a16_g128,wf8af8,wnf4a16_g64.")
 _M = flags.DEFINE_list("m", None, "Rows of the activations.")
 _K = flags.DEFINE_list("k", None, "Length of the sums (4096).")
 _N = flags.DEFINE_list("n", None, "Columns of the weight (4096).")
-_SUITE = flags.DEFINE_enum("suite", None, ["canonical"], "A fixed set of cells instead.")
+_BATCH = flags.DEFINE_integer("batch", 1, "Matmuls at a time, each with a weight of its own.", lower_bound=1)
+_SUITE = flags.DEFINE_enum("suite", None, suites.SUITES, "A fixed set of cells instead; --scheme selects.")
 _MODEL = flags.DEFINE_enum(
     "model", None, list(shapes.MODELS), "The layers of a model, instead of --k and --n."
 )
 _JSON = flags.DEFINE_boolean("json", False, "Print JSON, and nothing else, on standard output.")
 _OUT = flags.DEFINE_string("out", None, "Write the JSON to this file as well.")
 _CHECK = flags.DEFINE_boolean(
-    "check", False, "Fail where a cell is slower than google/qwix, or has no price."
+    "check", False, f"Fail where a target is missed that {misses.FILE.name} does not list, or the reverse."
 )
+_WRITE_MISSES = flags.DEFINE_boolean(
+    "write_misses", False, f"Rewrite {misses.FILE.name} for the chips of this run of the matmul suite."
+)
+_PLAN = flags.DEFINE_boolean("plan", False, "Say what would be priced and how long it takes; price nothing.")
 _IMPLEMENTATION = flags.DEFINE_string("implementation", None, "Price this one, not the one dispatch prefers.")
 _CONFIG = flags.DEFINE_string("config", None, "Block sizes as a JSON object, instead of those looked up.")
 _BASELINES = flags.DEFINE_boolean(
     "baselines", True, "Price XLA's bfloat16 and XLA's chain for the same op too."
 )
-
-LATER = ("h100", "b200")
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One line of the table."""
-
-    chip: str
-    scheme: str
-    m: int
-    k: int
-    n: int
-    implementation: str | None = None
-    config: str | None = None
-    baselines: bool = True
+_JOBS = flags.DEFINE_integer("jobs", os.cpu_count() or 1, "Compiling processes at a time.", lower_bound=1)
+_CACHE = flags.DEFINE_string(
+    "cache",
+    default_folder(),
+    "Folder of the answers so far, which an interrupted run goes on from; '': none.",
+)
 
 
-def price(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
-    """The answer for each cell, in order. A cell that cannot be priced has an `error`.
-
-    Cells are compiled one after the other in a child process.
-    """
-    waiting = list(cells)
-    while waiting:
-        with tempfile.TemporaryDirectory(prefix="qwix_price_") as folder:
-            for answer in _child(tuple(waiting), folder):
-                waiting.pop(0)
-                yield answer
-
-
-def _child(cells: Sequence[Cell], folder: str) -> Iterator[dict[str, Any]]:
-    """Answers of one child, until it has done its work or dies; it always gives one answer at least."""
-    log = os.path.join(folder, "stderr")
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    # The child runs in the caller's folder, so nothing here can shadow its imports.
-    command = [sys.executable, "-m", "bench.worker", os.path.join(folder, "dump")]
-    from bench.worker import ANSWER
-
-    with (
-        open(log, "w") as stderr,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-        ) as child,
-    ):
-        assert child.stdin and child.stdout
-        for cell in cells:
-            answer = _ask(child, cell, ANSWER)
-            if answer is None:
-                child.wait()
-                yield {**dataclasses.asdict(cell), "error": f"The compiler's process died: {_tail(log)}"}
-                return
-            yield answer
-        child.stdin.close()
-
-
-def _ask(child: subprocess.Popen, cell: Cell, marker: str) -> dict[str, Any] | None:
-    try:
-        child.stdin.write(json.dumps(dataclasses.asdict(cell)) + "\n")  # type: ignore[union-attr]
-        child.stdin.flush()  # type: ignore[union-attr]
-    except BrokenPipeError:
-        return None
-    for line in child.stdout:  # type: ignore[union-attr]
-        if line.startswith(marker):
-            return json.loads(line.removeprefix(marker))
-    return None
-
-
-def _tail(path: str) -> str:
-    with open(path, errors="replace") as file:
-        return " | ".join(line.strip() for line in file.read().splitlines()[-5:]) or "it said nothing"
-
-
-def cells_of(
-    chips: Sequence[str],
-    schemes: Sequence[str],
-    ms: Iterable[int],
-    layers: Iterable[tuple[int, int]],
-    **options,
-) -> list[Cell]:
-    """All combinations, checked.
-
-    Raises ValueError for a chip, a scheme or a size that cannot be priced, with what can.
-    """
-    for chip in chips:
-        if chip in LATER:
-            raise ValueError(
-                f"{chip} cannot be priced yet: only TPUs can ({', '.join(tpu_compile.TOPOLOGY)})."
-            )
-        if chip not in tpu_compile.TOPOLOGY:
-            raise ValueError(f"Unknown chip {chip!r}; chips: {', '.join(tpu_compile.TOPOLOGY)}.")
-    ms, layers = list(ms), list(layers)
-    for size in itertools.chain(ms, *layers):
-        if size < 1:
-            raise ValueError(f"Sizes start at 1, got {size}.")
-    for scheme, (k, _) in itertools.product(map(shapes.scheme, schemes), layers):
-        if scheme.tile and k % scheme.tile:
-            raise ValueError(f"{scheme.name}: the tile {scheme.tile} does not divide K={k}.")
-    return [
-        Cell(chip, scheme, m, k, n, **options)
-        for chip, (k, n), m, scheme in itertools.product(chips, layers, ms, schemes)
-    ]
-
-
-def slower_than_reference(answer: dict[str, Any]) -> str | None:
-    """What is wrong with a cell: no price, or slower than google/qwix. None when all is well."""
-    cell = " ".join(str(answer[key]) for key in ("chip", "scheme", "m", "k", "n"))
-    if "error" in answer:
-        return f"{cell}: {answer['error']}"
-    theirs = reference_kcycles(answer)
-    if theirs is None or answer["static_kcycles"] <= theirs:
-        return None
-    return f"{cell}: {answer['static_kcycles']:.0f}k cycles, {reference_figures.SOURCE} {theirs}k"
-
-
-def reference_kcycles(answer: dict[str, Any]) -> int | None:
-    """The reference's figure for an answer's cell, if there is one."""
-    return reference_figures.kcycles(*(answer[key] for key in ("chip", "scheme", "m", "k", "n")))
-
-
-def _cells() -> list[Cell]:
-    options = {
-        "implementation": _IMPLEMENTATION.value,
-        "config": _CONFIG.value,
-        "baselines": _BASELINES.value,
-    }
-    suite = _SUITE.value is not None
-    chips: Sequence[str] = _CHIP.value or (tuple(tpu_compile.TOPOLOGY) if suite else ())
-    schemes: Sequence[str] = _SCHEME.value or (shapes.CANONICAL_SCHEMES if suite else ())
-    ms: Sequence[int] = _numbers("m", _M.value) or (shapes.CANONICAL_M if suite else ())
+def _cells() -> tuple[list[Cell], tuple[str, ...]]:
+    """The cells, and why some of a suite's are missing."""
+    if _SUITE.value:
+        return _suite_cells(_SUITE.value)
+    chips, schemes, ms = _CHIP.value or [], _SCHEME.value or [], _numbers("m", _M.value)
     for flag, given in (("chip", chips), ("scheme", schemes), ("m", ms)):
         if not given:
-            raise app.UsageError(f"--{flag} is missing; or give --suite canonical.")
+            raise ValueError(f"--{flag} is missing; or give --suite {' or '.join(suites.SUITES)}.")
     if _MODEL.value:
         layers = dict.fromkeys((layer.k, layer.n) for layer in shapes.MODELS[_MODEL.value])
     else:
         layers = itertools.product(_numbers("k", _K.value) or [4096], _numbers("n", _N.value) or [4096])
-    return cells_of(chips, schemes, ms, layers, **options)
+    cells = cells_of(
+        chips,
+        schemes,
+        ms,
+        layers,
+        implementation=_IMPLEMENTATION.value,
+        config=_CONFIG.value,
+        baselines=_BASELINES.value,
+        batch=_BATCH.value,
+    )
+    return cells, ()
+
+
+def _suite_cells(name: str) -> tuple[list[Cell], tuple[str, ...]]:
+    taken = ("m", "k", "n", "model", "implementation", "config")
+    given = [flag for flag in taken if flags.FLAGS[flag].present]
+    if given:
+        raise ValueError(f"--suite {name} has cells of its own; leave out --{', --'.join(given)}.")
+    suite = suites.suite(name, _CHIP.value or tuple(tpu_compile.TOPOLOGY), baselines=_BASELINES.value)
+    wanted = [shapes.scheme(scheme).name for scheme in _SCHEME.value or ()]
+    return [cell for cell in suite.cells if not wanted or cell.scheme in wanted], suite.skipped
 
 
 def _numbers(flag: str, values: list[str] | None) -> list[int]:
@@ -196,40 +98,84 @@ def _numbers(flag: str, values: list[str] | None) -> list[int]:
         raise ValueError(f"--{flag} takes whole numbers, got {','.join(values or ())}.") from None
 
 
+def _priced(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The answers in the order of the cells, with a bar and, for few cells, a line each on standard error."""
+    answers: dict[int, dict[str, Any]] = {}
+    found = pool.price_unordered(cells, jobs=_JOBS.value, cache=_CACHE.value or None)
+    seen = sys.stderr.isatty()
+    quiet = len(cells) == 1 or not (seen or len(cells) > 100)
+    with tqdm.tqdm(total=len(cells), unit="cell", mininterval=1 if seen else 30, disable=quiet) as bar:
+        for index, answer in found:
+            answers[index] = answer
+            if 1 < len(cells) <= 100 or "error" in answer:
+                bar.write(summary(answer), file=sys.stderr)
+            bar.update()
+    return [answers[index] for index in range(len(cells))]
+
+
+def summary(answer: dict[str, Any]) -> str:
+    """One answer in one line."""
+    if "error" in answer:
+        return f"{targets.name_of(answer)}: {answer['error']}"
+    ratio = f"{answer['ratio_to_floor']:.2f}x the floor"
+    return f"{targets.name_of(answer)}: {answer['static_us']:.1f} us static, {ratio}"
+
+
+def _complete() -> tuple[str, ...]:
+    """Chips whose whole matmul suite this run prices, so that the list of misses can be held against it."""
+    whole = _SUITE.value == "matmul" and not _SCHEME.value and _BASELINES.value
+    return tuple(_CHIP.value or tpu_compile.TOPOLOGY) if whole else ()
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
+    if _WRITE_MISSES.value and not _complete():
+        raise app.UsageError("--write_misses needs --suite matmul with all of its schemes and baselines.")
     try:
-        cells = _cells()
+        cells, skipped = _cells()
     except ValueError as error:
         raise app.UsageError(str(error)) from None
-    answers = []
-    for answer in price(cells):
-        answers.append(answer)
-        if len(cells) > 1:
-            print(f"[{len(answers)}/{len(cells)}] {_summary(answer)}", file=sys.stderr, flush=True)
-    wrong = [problem for problem in map(slower_than_reference, answers) if problem]
-    text = json.dumps(answers[0] if len(cells) == 1 else answers, indent=1)
+    if _PLAN.value:
+        print(suites.plan(cells, skipped, pool.known(cells, _CACHE.value or None), _JOBS.value))
+        return
+    answers = _priced(cells)
+    found = targets.misses(answers)
+    _show(answers, skipped)
+    if _WRITE_MISSES.value:
+        misses.save(misses.draft(found, misses.load(), _complete()))
+    fails = _checked(found) if _CHECK.value else []
+    if fails or any("error" in answer for answer in answers if not _SUITE.value):
+        sys.exit(1)
+
+
+def _show(answers: Sequence[dict[str, Any]], skipped: Sequence[str]) -> None:
+    text = json.dumps(answers[0] if len(answers) == 1 else answers, indent=1)
     if _OUT.value:
         with open(_OUT.value, "w") as file:
             file.write(text + "\n")
     if _JSON.value:
         print(text)
-    else:
-        from bench import price_table
+        return
+    from bench import price_table
 
+    if len(answers) <= 100:
         price_table.show(answers)
-    if wrong:
-        print("\n".join(wrong), file=sys.stderr)
-    if any("error" in answer for answer in answers) or (_CHECK.value and wrong):
-        sys.exit(1)
+    if _SUITE.value:
+        price_table.show_classes(answers)
+    for why in skipped:
+        print(f"left out: {why}")
 
 
-def _summary(answer: dict[str, Any]) -> str:
-    cell = f"{answer['chip']} {answer['scheme']} {answer['m']}x{answer['k']}x{answer['n']}"
-    if "error" in answer:
-        return f"{cell}: {answer['error']}"
-    return f"{cell}: {answer['static_us']:.1f} us static, {answer['ratio_to_floor']:.2f}x the floor"
+def _checked(found: Sequence[targets.Miss]) -> list[str]:
+    """Prints what misses a target, known or not, and gives what is not known."""
+    dispatched = _IMPLEMENTATION.value is None and _CONFIG.value is None
+    if not dispatched:  # the targets are for what dispatch chooses
+        found = [miss for miss in found if miss.target in ("price", "reference")]
+    fails, known = misses.against(found, misses.load(), _complete())
+    for title, lines in (("Known misses", known), ("FAILED", fails)):
+        print(f"{title}: {len(lines)}", *lines, sep="\n  ", file=sys.stderr)
+    return fails
 
 
 if __name__ == "__main__":

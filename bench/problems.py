@@ -1,57 +1,72 @@
 """The programs that are priced: a scheme's matmul as dispatch would run it, and what XLA makes of the same.
 
-Weights are [K, N] with bfloat16 scales, as quantizing a bfloat16 checkpoint gives; activations and results
-are bfloat16. Activations of a quantized type are quantized dynamically, inside the op, and that is in the
-price.
+Weights are [batch, K, N] with bfloat16 scales, as quantizing a bfloat16 checkpoint gives, or with the scales
+of their block format; activations and results are bfloat16. Activations of a quantized type are quantized
+dynamically, inside the op, and that is in the price; static ones come quantized, with the same scales.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from qwix_kernels import matmul
-from qwix_kernels.chips import Chip
-from qwix_kernels.problem import CODEBOOKS, MatmulProblem, RowQuantize, Tensor, dtype_bits
+from qwix_kernels.problem import CODEBOOKS, MatmulProblem, RowQuantize, Tensor
 
 from bench.shapes import Scheme
-from bench.tpu_compile import device_bandwidth, device_rate
 
-_BOUND = {"int4": 7.5, "int8": 127.5, "float8_e4m3fn": 448.0}
+_BOUND = {"int4": 7.5, "int8": 127.5, "float8_e4m3fn": 448.0, "float4_e2m1fn": 6.0}
 
 
-def shapes_of(scheme: Scheme, m: int, k: int, n: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Activations [M, K], the weight's values [K, N] and its scales [tiles, N], without data.
+def shapes_of(scheme: Scheme, m: int, k: int, n: int, batch: int = 1) -> list[jax.ShapeDtypeStruct]:
+    """Of the activations [batch, M, K] and the weight [batch, K, N]: values, scale, zero point, where given.
 
-    Raises ValueError for a tile that does not divide K.
+    Raises ValueError for a tile that does not divide K or N.
     """
-    tile = scheme.tile or k
-    if k % tile:
-        raise ValueError(f"{scheme.name}: the tile {tile} does not divide K={k}.")
+    if reason := scheme.misfit(k, n):
+        raise ValueError(f"{scheme.name}: {reason}.")
+    tiles = k // (scheme.tile or k)
+    lhs = [jax.ShapeDtypeStruct((batch, m, k), jnp.bfloat16)]
+    if scheme.static:
+        lhs = [
+            jax.ShapeDtypeStruct((batch, m, k), jnp.dtype(scheme.activation)),
+            jax.ShapeDtypeStruct((batch, m, tiles), jnp.float32),
+        ]
     stored = jnp.dtype("uint4" if scheme.weight in CODEBOOKS else scheme.weight)
-    return (
-        jax.ShapeDtypeStruct((m, k), jnp.bfloat16),
-        jax.ShapeDtypeStruct((k, n), stored),
-        jax.ShapeDtypeStruct((k // tile, n), jnp.bfloat16),
-    )
+    scales = (batch, tiles, n // scheme.tile_n)
+    rhs = [jax.ShapeDtypeStruct((batch, k, n), stored), jax.ShapeDtypeStruct(scales, jnp.bfloat16)]
+    if scheme.zero_point:
+        rhs.append(jax.ShapeDtypeStruct(scales, stored))
+    return lhs + rhs
 
 
-def operands(scheme: Scheme, m: int, k: int, n: int) -> tuple[jax.ShapeDtypeStruct, Tensor]:
-    """Activations [1, M, K] and the quantized weight [1, K, N], as the kernels take them, without data."""
-    lhs, values, scale = (jax.ShapeDtypeStruct((1, *s.shape), s.dtype) for s in shapes_of(scheme, m, k, n))
+def operands(
+    scheme: Scheme, m: int, k: int, n: int, batch: int = 1
+) -> tuple[jax.ShapeDtypeStruct | Tensor, Tensor]:
+    """Activations [batch, M, K] and the weight [batch, K, N] as the kernels take them, without data."""
+    return jax.eval_shape(lambda *arrays: tensors(scheme, arrays), *shapes_of(scheme, m, k, n, batch))
+
+
+def tensors(scheme: Scheme, arrays: Sequence[jax.Array]) -> tuple[jax.Array | Tensor, Tensor]:
+    """`operands` of the arrays of `shapes_of`."""
     codebook = scheme.weight if scheme.weight in CODEBOOKS else None
-    return lhs, jax.eval_shape(lambda v, s: Tensor(v, s, codebook=codebook), values, scale)
+    lhs = Tensor(arrays[0], arrays[1]) if scheme.static else arrays[0]
+    values, scale, *zero = arrays[1 + scheme.static :]
+    return lhs, Tensor(values, scale, zero[0] if zero else None, codebook)
 
 
 def row_quantize(scheme: Scheme) -> RowQuantize | None:
-    """How the activations are quantized inside the op; None where they stay bfloat16."""
-    if scheme.is_weight_only:
+    """How the activations are quantized inside the op; None where they are not."""
+    if scheme.is_weight_only or scheme.static:
         return None
     return RowQuantize(scheme.activation, _BOUND[scheme.activation], scheme.tile)
 
 
-def problem(scheme: Scheme, m: int, k: int, n: int) -> MatmulProblem:
+def problem(scheme: Scheme, m: int, k: int, n: int, batch: int = 1) -> MatmulProblem:
     """The description that dispatch chooses by."""
-    lhs, rhs = operands(scheme, m, k, n)
+    lhs, rhs = operands(scheme, m, k, n, batch)
     return matmul.problem_of(lhs, rhs, quantize_lhs=row_quantize(scheme), out_dtype=jnp.bfloat16)
 
 
@@ -71,48 +86,54 @@ def kernel(scheme: Scheme, implementation: str | None = None, config: object = N
     return op
 
 
-def floor_us(chip: Chip, scheme: Scheme, m: int, k: int, n: int) -> float:
-    """What nothing can beat on one jax device: the best exact unit at its peak, each operand moved once."""
-    weight = "bfloat16" if scheme.weight in CODEBOOKS else scheme.weight
-    rate = device_rate(chip, chip.unit(scheme.activation, weight)[1])
-    moved = sum(x.size * dtype_bits(x.dtype.name) / 8 for x in shapes_of(scheme, m, k, n)) + 2 * m * n
-    return 1e6 * max(2 * m * k * n / rate, moved / device_bandwidth(chip))
-
-
 def xla_bf16(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """The same product without any quantization."""
-    return jnp.dot(lhs, rhs)
+    """The same product, [batch, M, K] times [batch, K, N], without any quantization."""
+    if lhs.shape[0] == 1:  # what a model would write, and what XLA then sees
+        return jnp.dot(lhs[0], rhs[0])[None]
+    return jnp.matmul(lhs, rhs)
 
 
 def xla_same_op(scheme: Scheme):
-    """The straightforward chain of XLA ops for the same scheme, as a function of `shapes_of`.
+    """The straightforward chain of XLA ops for the same scheme, as a function of `shapes_of`, one batch.
 
     Weight-only: dequantize, then multiply. Otherwise: quantize the rows, multiply tile by tile, scale the
     partial results, add them up.
     """
 
-    def weight_only(lhs, values, scale):
-        tiles, n = scale.shape
-        tiled = _stored(scheme, values).astype(scale.dtype).reshape(tiles, -1, n)
-        return jnp.dot(lhs, (tiled * scale[:, None, :]).reshape(-1, n))
+    def chain(*arrays):
+        lhs, *arrays = (a[0] for a in arrays)
+        given = arrays.pop(0) if scheme.static else None
+        w, scale, *zero = arrays
+        tiles = scale.shape[0]
+        scale = jnp.repeat(scale, scheme.tile_n, axis=1)
+        w = _stored(scheme, w)
+        if zero:
+            zeros = jnp.repeat(zero[0], w.shape[0] // tiles, axis=0)
+            w = w.astype(jnp.int8) - zeros.astype(jnp.int8)
+        if scheme.is_weight_only:
+            tiled = w.astype(scale.dtype).reshape(tiles, -1, w.shape[1])
+            return jnp.dot(lhs, (tiled * scale[:, None, :]).reshape(w.shape))[None]
+        if given is None:
+            lhs, given = _quantize_rows(lhs, scheme, tiles)
+        return _tile_by_tile(lhs.reshape(lhs.shape[0], tiles, -1), given, w, scale)[None]
 
-    def both(lhs, values, scale):
-        tiles, n = scale.shape
-        q, lhs_scale = _quantize_rows(lhs, scheme, tiles)
-        w = _stored(scheme, values)
-        integer = jnp.issubdtype(w.dtype, jnp.integer) and jnp.issubdtype(q.dtype, jnp.integer)
-        if q.dtype != w.dtype:
-            q, w = (x.astype(jnp.int8 if integer else jnp.bfloat16) for x in (q, w))
-        accumulator = jnp.int32 if integer else jnp.float32
-        if tiles == 1:
-            partial = jnp.dot(q[:, 0], w, preferred_element_type=accumulator)[None]
-        else:
-            w = w.reshape(tiles, -1, n)
-            partial = jnp.einsum("mtk,tkn->tmn", q, w, preferred_element_type=accumulator)
-        scaled = partial * lhs_scale.T[:, :, None] * scale[:, None, :].astype(jnp.float32)
-        return scaled.sum(0).astype(jnp.bfloat16)
+    return chain
 
-    return weight_only if scheme.is_weight_only else both
+
+def _tile_by_tile(q: jax.Array, lhs_scale: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
+    """[M, N] from [M, tiles, K/tiles], [M, tiles], [K, N] and [tiles, N]."""
+    tiles, n = scale.shape
+    integer = jnp.issubdtype(w.dtype, jnp.integer) and jnp.issubdtype(q.dtype, jnp.integer)
+    if q.dtype != w.dtype:
+        q, w = (x.astype(jnp.int8 if integer else jnp.bfloat16) for x in (q, w))
+    accumulator = jnp.int32 if integer else jnp.float32
+    if tiles == 1:
+        partial = jnp.dot(q[:, 0], w, preferred_element_type=accumulator)[None]
+    else:
+        w = w.reshape(tiles, -1, n)
+        partial = jnp.einsum("mtk,tkn->tmn", q, w, preferred_element_type=accumulator)
+    scaled = partial * lhs_scale.T[:, :, None] * scale[:, None, :].astype(jnp.float32)
+    return scaled.sum(0).astype(jnp.bfloat16)
 
 
 def _stored(scheme: Scheme, values: jax.Array) -> jax.Array:
@@ -127,7 +148,7 @@ def _quantize_rows(x: jax.Array, scheme: Scheme, tiles: int) -> tuple[jax.Array,
     tiled = x.reshape(m, tiles, -1).astype(jnp.float32)
     bound = _BOUND[scheme.activation]
     scale = jnp.abs(tiled).max(2) / bound
-    scale = jnp.where(scale < jnp.sqrt(jnp.finfo(jnp.float32).tiny), 1.0, scale)
+    scale = jnp.where(scale < math.sqrt(jnp.finfo(jnp.float32).tiny), 1.0, scale)
     q = tiled * (1 / scale)[:, :, None]
     dtype = jnp.dtype(scheme.activation)
     if jnp.issubdtype(dtype, jnp.integer):

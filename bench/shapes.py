@@ -9,53 +9,109 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-WEIGHTS: Mapping[str, str] = {"4": "int4", "8": "int8", "f8": "float8_e4m3fn", "nf4": "nf4"}
+# Stored types. Block formats are (values, tile): their scales lie along K in runs of that many neighbours.
+WEIGHTS: Mapping[str, str] = {
+    "4": "int4",
+    "8": "int8",
+    "f8": "float8_e4m3fn",
+    "f4": "float4_e2m1fn",
+    "nf4": "nf4",
+}
 ACTIVATIONS: Mapping[str, str] = {"4": "int4", "8": "int8", "f8": "float8_e4m3fn", "16": "bfloat16"}
-_SCHEME = re.compile(r"w(nf4|f8|4|8)a(f8|16|8|4)(?:_g([1-9]\d*))?")
+BLOCK_FORMATS: Mapping[str, tuple[str, int]] = {
+    "mxfp8": ("float8_e4m3fn", 32),
+    "mxfp4": ("float4_e2m1fn", 32),
+    "nvfp4": ("float4_e2m1fn", 16),
+}
+GRAMMAR = (
+    f"w{{{','.join([*WEIGHTS, *BLOCK_FORMATS])}}}a{{{','.join([*ACTIVATIONS, *BLOCK_FORMATS])}}}, then "
+    "_g{tile} where tile neighbours along K share a scale, or _b{tile} where tile x tile weights do, _z for "
+    "weights with zero points, _static for activations that come quantized: w8a8, w4a16_g128, w8a8_b128, "
+    "wnf4a16_g64, wmxfp4a16, w4a16_g128_z, w8a8_static"
+)
+_SCHEME = re.compile(
+    r"w(nf4|mxfp8|mxfp4|nvfp4|f8|f4|4|8)a(mxfp8|mxfp4|nvfp4|f8|16|8|4)"
+    r"(?:_([gb])([1-9]\d*))?(_z)?(_static)?"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """Weight and activation types. `tile`: neighbours along K that share a scale, 0 for the whole of K.
+    """Weight and activation types, and what shares a scale.
 
-    Activations other than bfloat16 are quantized from bfloat16 on the way, row by row (and tile by tile where
-    there are tiles), inside the op.
+    `tile`: neighbours along K that share a scale, of the weight and of quantized activations; 0 for the whole
+    of K. `tile_n`: neighbours along N of the weight that do. Activations other than bfloat16 are quantized
+    from bfloat16 on the way, row by row (and tile by tile where there are tiles), inside the op; `static`
+    ones come quantized like that.
     """
 
     name: str
     weight: str
     activation: str
     tile: int = 0
+    tile_n: int = 1
+    zero_point: bool = False
+    static: bool = False
 
     @property
     def is_weight_only(self) -> bool:
         return self.activation == "bfloat16"
 
+    def misfit(self, k: int, n: int) -> str | None:
+        """Why a weight [K, N] cannot have this scheme, or None.
+
+        >>> scheme("w8a8_g128").misfit(576, 1536)
+        'the tile 128 does not divide K=576'
+        """
+        for name, size, tile in (("K", k, self.tile or k), ("N", n, self.tile_n)):
+            if size % tile:
+                return f"the tile {tile} does not divide {name}={size}"
+        return None
+
 
 def scheme(name: str) -> Scheme:
     """The scheme called `name`.
 
+        w{weight}a{activation}   4, 8: integers; f8: float8_e4m3fn; f4: float4_e2m1fn; nf4: NormalFloat4;
+                                 16: bfloat16; mxfp8, mxfp4 (tiles of 32), nvfp4 (tiles of 16)
+        _g{tile}                 `tile` neighbours along K share a scale
+        _b{tile}                 `tile` x `tile` weights share one; activations `tile` neighbours along K
+        _z                       weights have zero points, one beside each scale
+        _static                  activations come quantized
+
     Raises ValueError, with the grammar, for anything else.
 
     >>> scheme("w4a16_g128")
-    Scheme(name='w4a16_g128', weight='int4', activation='bfloat16', tile=128)
-    >>> scheme("wf8af8").is_weight_only
-    False
-    >>> scheme("w3a16")
+    Scheme(name='w4a16_g128', weight='int4', activation='bfloat16', tile=128, tile_n=1, zero_point=False, \
+static=False)
+    >>> scheme("wf8af8").is_weight_only, scheme("wmxfp4a16").tile, scheme("w8a8_b128").tile_n
+    (False, 32, 128)
+    >>> scheme("w3a16")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
       ...
-    ValueError: Unknown scheme 'w3a16'; schemes are w{4,8,f8,nf4}a{4,8,f8,16}, then _g{tile} where tile \
-neighbours along K share a scale: w8a8, w4a16_g128, wf8af8, wnf4a16_g64.
+    ValueError: Unknown scheme 'w3a16'; schemes are ...
     """
     match = _SCHEME.fullmatch(name)
-    if not match:
-        raise ValueError(
-            f"Unknown scheme {name!r}; schemes are w{{{','.join(WEIGHTS)}}}a{{{','.join(ACTIVATIONS)}}}, "
-            "then _g{tile} where tile neighbours along K share a scale: w8a8, w4a16_g128, wf8af8, "
-            "wnf4a16_g64."
-        )
-    weight, activation, tile = match.groups()
-    return Scheme(name, WEIGHTS[weight], ACTIVATIONS[activation], int(tile or 0))
+    reason = None if match else "schemes are " + GRAMMAR
+    if match:
+        weight, activation, kind, tile, zero, static = match.groups()
+        formats = {x: BLOCK_FORMATS[x] for x in (weight, activation) if x in BLOCK_FORMATS}
+        tiles = {t for _, t in formats.values()} | ({int(tile)} if tile else set())
+        if len(tiles) > 1 or (formats and tile):
+            reason = "a block format has its own tile, the same on both sides"
+        elif zero and not weight.isdigit():
+            reason = "only integer weights have zero points"
+        elif static and activation == "16":
+            reason = "bfloat16 activations are not quantized"
+        else:
+            values, rows = _stored(weight, WEIGHTS), _stored(activation, ACTIVATIONS)
+            side = max(tiles, default=0)
+            return Scheme(name, values, rows, side, side if kind == "b" else 1, bool(zero), bool(static))
+    raise ValueError(f"Unknown scheme {name!r}; {reason}.")
+
+
+def _stored(name: str, plain: Mapping[str, str]) -> str:
+    return BLOCK_FORMATS[name][0] if name in BLOCK_FORMATS else plain[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,17 +152,5 @@ MODELS: Mapping[str, tuple[Layer, ...]] = {
     "smollm2_135m": _transformer(576, 576, 192, 1536),
 }
 
-# Rows of the canonical shape: decoding 16 and 64 sequences, and a prefill.
+# Rows: decoding 16 and 64 sequences, and a prefill.
 DECODE_M, BATCH_M, PREFILL_M = 16, 64, 1024
-CANONICAL_M = (PREFILL_M, DECODE_M)
-CANONICAL_SCHEMES = (
-    "w8a8",
-    "w8a8_g128",
-    "w8a8_g256",
-    "w4a8_g128",
-    "w8a16_g128",
-    "w4a16_g128",
-    "wnf4a16_g64",
-    "wf8af8",
-    "wf8a16_g128",
-)

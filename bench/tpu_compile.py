@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import hashlib
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -25,6 +27,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from bench import bundles, hlo, replay
+from bench.cache import Cache, digest_of_files
 
 if TYPE_CHECKING:
     from qwix_kernels.chips import Chip
@@ -39,6 +42,7 @@ _DEVICE_CORES = {"v5p": 2}
 _DELAY_SLOTS = {"v7x": 6}
 _MXUS = {128: 4, 256: 2}  # per core, by the columns of one
 _FILES = re.compile(r"^\d+-(.*)-\d+-final_bundles\.txt$")
+_LOCATIONS = re.compile(r"\\22debug_locations\\22: \\22[^\\]*\\22")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,7 @@ class OpCost:
     units: Mapping[str, float] = dataclasses.field(default_factory=dict)
     spills: float = 0.0  # fills and spills as a fraction of all register loads and stores
     assumed: int = 0  # branches on the kernel's data that were charged in full
+    mxu_busy: float = 0.0  # share of the cycles for which the matrix units are held
 
     @property
     def static_us(self) -> float:
@@ -109,14 +114,19 @@ def prepare(dump: str) -> None:
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 
+def device_cores(chip: Chip) -> int:
+    """TensorCores of a jax device."""
+    return _DEVICE_CORES.get(chip.name, 1)
+
+
 def device_rate(chip: Chip, unit_tflops: float) -> float:
     """Operations per second of a jax device whose cores do `unit_tflops` each."""
-    return unit_tflops * 1e12 * _DEVICE_CORES.get(chip.name, 1)
+    return unit_tflops * 1e12 * device_cores(chip)
 
 
 def device_bandwidth(chip: Chip) -> float:
     """HBM bytes per second of a jax device."""
-    return chip.hbm_gbps * 1e9 * _DEVICE_CORES.get(chip.name, 1)
+    return chip.hbm_gbps * 1e9 * device_cores(chip)
 
 
 def occupancy(chip: Chip, element: str) -> float:
@@ -139,6 +149,11 @@ def compile_for(chip: str, fn: Callable, *args: Any) -> Any:
 
     Raises ValueError for a chip that is not a TPU we know, and whatever the compiler raises.
     """
+    return lower_for(chip, fn, *args).compile()
+
+
+def lower_for(chip: str, fn: Callable, *args: Any) -> Any:
+    """As `compile_for`, up to the program that the TPU compiler is given."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -151,19 +166,39 @@ def compile_for(chip: str, fn: Callable, *args: Any) -> Any:
     sharding = NamedSharding(mesh, PartitionSpec())
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(fn).lower(*args)
-    return lowered.compile()
+        return jax.jit(fn).lower(*args)
 
 
-def price(chip: str, dump: str, fn: Callable, *args: Any) -> ProgramCost:
-    """The static cost of `fn` on one jax device of `chip`. `dump` is the folder that `prepare` was given."""
+def price(chip: str, dump: str, fn: Callable, *args: Any, cache: Cache | None = None) -> ProgramCost:
+    """The static cost of `fn` on one jax device of `chip`. `dump` is the folder that `prepare` was given.
+
+    With a `cache`, a program that was priced before is not compiled again: the same text for the TPU compiler
+    has the same price, wherever in the sources it comes from.
+    """
     from qwix_kernels import chips
 
-    clear(dump)
-    text = compile_for(chip, fn, *args).as_text()
     spec = chips.chip(chip)
+    lowered = lower_for(chip, fn, *args)
+    key = _key(spec, lowered.as_text())
+    if cache and (known := cache.get(key)):
+        return ProgramCost(chip, tuple(OpCost(**op) for op in known))
+    clear(dump)
+    text = lowered.compile().as_text()
     parsed = _kernels(dump)
-    return ProgramCost(chip, tuple(_op_cost(spec, op, parsed) for op in hlo.ops(text)))
+    cost = ProgramCost(chip, tuple(_op_cost(spec, op, parsed) for op in hlo.ops(text)))
+    if cache:
+        cache.put(key, [dataclasses.asdict(op) for op in cost.ops])
+    return cost
+
+
+def _key(chip: Chip, program: str) -> str:
+    """What a program's price depends on: its text but for line numbers, the compiler, and this reader."""
+    versions = [importlib.metadata.version(p) for p in ("jax", "jaxlib", "libtpu")]
+    here = pathlib.Path(__file__).parent
+    reader = digest_of_files(here / f"{name}.py" for name in ("bundles", "hlo", "replay", "tpu_compile"))
+    given = re.sub(r"\S*xla_jf_dump_to=\S*", "", os.environ.get("LIBTPU_INIT_ARGS", ""))
+    parts = (repr(chip), *versions, reader, given, _LOCATIONS.sub("", program))
+    return "program " + hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def clear(dump: str) -> None:
@@ -190,7 +225,7 @@ def _op_cost(chip: Chip, op: hlo.Op, files: Mapping[str, str]) -> OpCost:
         return OpCost(op.name, False, cycles, cycles, moved, cycles / chip.ghz / 1e3, moved / bandwidth * 1e6)
     if op.name not in files:
         raise ValueError(f"The compiler dumped no bundles for {op.name!r}; it dumped {sorted(files)}.")
-    cores = [replay_file(chip, op.name, files[op.name], core) for core in range(_cores(chip))]
+    cores = [replay_file(chip, op.name, files[op.name], core) for core in range(device_cores(chip))]
     slowest = max(cores, key=lambda cost: cost.cycles)
     moved = (op.hbm_bytes + sum(cost.hbm_bytes for cost in cores)) * op.times
     cycles = slowest.cycles * op.times
@@ -205,11 +240,8 @@ def _op_cost(chip: Chip, op: hlo.Op, files: Mapping[str, str]) -> OpCost:
         slowest.units,
         slowest.spills,
         sum(cost.assumed for cost in cores),
+        slowest.mxu_cycles / slowest.cycles,
     )
-
-
-def _cores(chip: Chip) -> int:
-    return _DEVICE_CORES.get(chip.name, 1)
 
 
 def replay_file(chip: Chip, name: str, path: str, core: int = 0) -> replay.Cost:

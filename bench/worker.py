@@ -1,7 +1,9 @@
 """The process that compiles: reads cells from standard input, one JSON object a line, answers one line each.
 
 libtpu reads its settings once, and a compiler that meets what it cannot take may abort; so price.py keeps it
-out of its own process and starts another one where this one dies. Run as `python -m bench.worker FOLDER`.
+out of its own process and starts another one where this one dies.
+
+Run as `python -m bench.worker DUMP [CACHE]`.
 """
 
 from __future__ import annotations
@@ -10,83 +12,121 @@ import dataclasses
 import functools
 import json
 import sys
+import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
 from bench import tpu_compile
+from bench.cache import Cache
 from bench.shapes import Scheme, scheme
 
 if TYPE_CHECKING:
-    from bench.price import Cell
+    from bench.cells import Cell
 
 ANSWER = "@cell "  # libtpu prints lines of its own
 
 
-@functools.cache
-def _bf16(chip: str, m: int, k: int, n: int, dump: str) -> tpu_compile.ProgramCost:
-    import jax
-    import jax.numpy as jnp
+class Pricer:
+    """Prices cells one after the other. `dump`: libtpu's folder; `cache`: for programs priced before."""
 
-    from bench import problems
+    def __init__(self, dump: str, cache: Cache | None = None):
+        self._price = functools.partial(_price, dump, cache)
+        self._bf16 = functools.cache(self._price_bf16)
 
-    shapes = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((m, k), (k, n)))
-    return tpu_compile.price(chip, dump, problems.xla_bf16, *shapes)
+    def _price_bf16(self, chip: str, m: int, k: int, n: int, batch: int) -> tpu_compile.ProgramCost:
+        import jax
+        import jax.numpy as jnp
+
+        from bench import problems
+
+        shapes = (jax.ShapeDtypeStruct((batch, *s), jnp.bfloat16) for s in ((m, k), (k, n)))
+        return self._price(chip, problems.xla_bf16, *shapes)
+
+    def _same_op(self, cell: Cell, wanted: Scheme, shape: tuple[int, ...]) -> tpu_compile.ProgramCost | None:
+        from bench import problems
+
+        if cell.batch > 1:
+            return None
+        arrays = problems.shapes_of(wanted, *shape)
+        return self._price(cell.chip, problems.xla_same_op(wanted), *arrays)
+
+    def price(self, cell: Cell) -> dict[str, Any]:
+        """Everything that is said about one cell of the table."""
+        from qwix_kernels import chips, dispatch
+
+        from bench import floors, problems
+
+        start = time.monotonic()
+        wanted, shape = scheme(cell.scheme), (cell.m, cell.k, cell.n, cell.batch)
+        spec = chips.chip(cell.chip)
+        problem = problems.problem(wanted, *shape)
+        config = _config(problem, cell)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a fallback is in the answer
+            plan = dispatch.explain(problem, spec, implementation=cell.implementation, config=config)
+            op = problems.kernel(wanted, cell.implementation, config)
+            cost = self._price(cell.chip, op, *problems.operands(wanted, *shape))
+        bf16 = self._bf16(cell.chip, *shape) if cell.baselines else None
+        same = self._same_op(cell, wanted, shape) if cell.baselines and cell.same_op else None
+        floor = floors.floor(spec, wanted, *shape)
+        return {
+            "chip": cell.chip,
+            "scheme": cell.scheme,
+            "m": cell.m,
+            "k": cell.k,
+            "n": cell.n,
+            "batch": cell.batch,
+            "implementation": plan.chosen,
+            **_times(cost),
+            "floor_us": floor.us,
+            "ratio_to_floor": cost.static_us / floor.us,
+            "best_floor_us": floor.best_us,
+            "best_floor_of": floor.strategy,
+            "ratio_to_best_floor": cost.static_us / floor.best_us,
+            "hbm_floor_us": floor.memory_us,
+            "xla_bf16_us": bf16.static_us if bf16 else None,
+            "xla_same_op_us": same.static_us if same else None,
+            "estimate_us": plan.estimate.static_us,
+            "static_kcycles": cost.static_us * spec.ghz,
+            "config": dataclasses.asdict(plan.config) if plan.config is not None else None,
+            "config_source": plan.config_source,
+            **_use(cost),
+            "ops": [
+                {k: v for k, v in dataclasses.asdict(op).items() if k != "units"}
+                | {"static_us": op.static_us}
+                for op in cost.ops
+            ],
+            "note": _note(plan, cost),
+            "seconds": round(time.monotonic() - start, 2),
+        }
 
 
-@functools.cache
-def _same_op(chip: str, wanted: Scheme, m: int, k: int, n: int, dump: str) -> tpu_compile.ProgramCost:
-    from bench import problems
-
-    return tpu_compile.price(chip, dump, problems.xla_same_op(wanted), *problems.shapes_of(wanted, m, k, n))
+def _price(dump: str, cache: Cache | None, chip: str, fn: Any, *args: Any) -> tpu_compile.ProgramCost:
+    return tpu_compile.price(chip, dump, fn, *args, cache=cache)
 
 
-def price_cell(cell: Cell, dump: str) -> dict[str, Any]:
-    """Everything that is said about one cell of the table."""
-    from qwix_kernels import chips, dispatch
-
-    from bench import problems
-
-    wanted, shape = scheme(cell.scheme), (cell.m, cell.k, cell.n)
-    spec = chips.chip(cell.chip)
-    problem = problems.problem(wanted, *shape)
-    config = _config(problem, cell)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a fallback is in the answer
-        plan = dispatch.explain(problem, spec, implementation=cell.implementation, config=config)
-        op = problems.kernel(wanted, cell.implementation, config)
-        cost = tpu_compile.price(cell.chip, dump, op, *problems.operands(wanted, *shape))
-    bf16 = _bf16(cell.chip, *shape, dump).static_us if cell.baselines else None
-    same = _same_op(cell.chip, wanted, *shape, dump).static_us if cell.baselines else None
-    floor = problems.floor_us(spec, wanted, *shape)
-    longest = max(cost.kernels, key=lambda op: op.cycles, default=None)
+def _times(cost: tpu_compile.ProgramCost) -> dict[str, Any]:
     return {
-        "chip": cell.chip,
-        "scheme": cell.scheme,
-        "m": cell.m,
-        "k": cell.k,
-        "n": cell.n,
-        "implementation": plan.chosen,
         "bundles": cost.bundles,
         "compute_us": cost.compute_us,
         "memory_us": cost.memory_us,
         "static_us": cost.static_us,
-        "floor_us": floor,
-        "ratio_to_floor": cost.static_us / floor,
-        "xla_bf16_us": bf16,
-        "xla_same_op_us": same,
-        "estimate_us": plan.estimate.static_us,
-        "static_kcycles": cost.static_us * spec.ghz,
         "hbm_bytes": cost.hbm_bytes,
-        "config": dataclasses.asdict(plan.config) if plan.config is not None else None,
-        "config_source": plan.config_source,
-        "units": {unit: round(use, 4) for unit, use in longest.units.items()} if longest else {},
-        "spills": longest.spills if longest else 0.0,
-        "ops": [
-            {k: v for k, v in dataclasses.asdict(op).items() if k != "units"} | {"static_us": op.static_us}
-            for op in cost.ops
-        ],
-        "note": _note(plan, cost),
     }
+
+
+def _use(cost: tpu_compile.ProgramCost) -> dict[str, Any]:
+    """What the longest kernel keeps busy, and what binds it: HBM, the matrix units or a kind of slot."""
+    kernel = max(cost.kernels, key=lambda op: op.static_us, default=None)
+    if kernel is None:
+        return {"units": {}, "mxu_busy": 0.0, "spills": 0.0, "binds": "XLA"}
+    units = {unit: round(use, 4) for unit, use in kernel.units.items()}
+    slots = {u: use for u, use in units.items() if u not in ("MXU", "FILL", "SPILL", "SALU")}
+    busiest = max(slots, key=lambda u: slots[u], default="MXU")
+    binds = busiest if slots.get(busiest, 0.0) > kernel.mxu_busy else "MXU"
+    if kernel.memory_us >= kernel.compute_us:
+        binds = "HBM"
+    return {"units": units, "mxu_busy": round(kernel.mxu_busy, 4), "spills": kernel.spills, "binds": binds}
 
 
 def _config(problem: Any, cell: Cell) -> Any:
@@ -113,18 +153,19 @@ def _note(plan: Any, cost: tpu_compile.ProgramCost) -> str:
     return "; ".join(notes)
 
 
-def main(dump: str) -> None:
+def main(dump: str, cache: str | None = None) -> None:
     tpu_compile.prepare(dump)
-    from bench.price import Cell
+    from bench.cells import Cell
 
+    pricer = Pricer(dump, Cache(cache) if cache else None)
     for line in sys.stdin:
         cell = Cell(**json.loads(line))
         try:
-            answer = price_cell(cell, dump)
+            answer = pricer.price(cell)
         except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
             answer = {**dataclasses.asdict(cell), "error": f"{type(error).__name__}: {error}"}
         print(ANSWER + json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
