@@ -54,8 +54,9 @@ def floor(problem: MatmulProblem, chip: Chip) -> tuple[float, float]:
     p = problem
     unit, rate = chip.unit(*multiplied(p))
     passes = {"high": 3, "highest": 6}.get(p.precision or "", 1) if unit == "bf16" else 1
-    compute = 2 * p.batch * p.m * p.n * p.k * passes / (rate * 1e6)
-    moved = operand_bytes(p.lhs, p.k) + operand_bytes(p.rhs, p.k) + _result_bytes(p)
+    compute = 2 * p.products * p.batch * p.m * p.n * p.k * passes / (rate * 1e6)
+    moved = operand_bytes(p.lhs, p.k) + p.products * operand_bytes(p.rhs, p.k)
+    moved += result_bytes(p) + epilogue_bytes(p)
     return compute, moved / (chip.hbm_gbps * 1e3)
 
 
@@ -79,7 +80,7 @@ def xla_estimate(problem: MatmulProblem, chip: Chip) -> Estimate:
     tiles = [t for t in (p.lhs.tile_k, p.rhs.tile_k, p.quantize_lhs.tile_k if p.quantize_lhs else 0) if t]
     turns = p.k // min(tiles) if tiles else 1
     if turns > 1 and _is_byte(p.lhs, p.quantize_lhs) and _is_byte(p.rhs, None):
-        partial = turns * 2 * _result_bytes(p, "float32")
+        partial = turns * 2 * result_bytes(p, "float32")
         moved += partial
         before += max(partial * per_byte, turns * _LOOP_TURN_US)
     elif turns > 1:
@@ -94,8 +95,18 @@ def xla_estimate(problem: MatmulProblem, chip: Chip) -> Estimate:
     return Estimate(compute, memory + moved * per_byte, static, max(least), "after the compiler's schedules")
 
 
-def _result_bytes(p: MatmulProblem, dtype: str | None = None) -> float:
+def result_bytes(p: MatmulProblem, dtype: str | None = None) -> float:
+    """Device bytes of the result."""
     return p.batch * p.m * p.n * dtype_bits(dtype or p.out_dtype) / 8
+
+
+def epilogue_bytes(p: MatmulProblem) -> float:
+    """Device bytes that the epilogue reads and writes besides the result; single rows count for nothing."""
+    e = p.epilogue
+    if e is None:
+        return 0.0
+    scales = p.batch * p.m * (p.n // (e.quantize.tile_k or p.n)) * 4 if e.quantize and e.scales_out else 0
+    return scales + (result_bytes(p, e.residual) if e.residual else 0.0)
 
 
 def _is_byte(x: Operand, how: RowQuantize | None) -> bool:

@@ -35,8 +35,8 @@ def run(
     config: Config,
     chip: Chip,
     interpret: Any = False,
-) -> jax.Array:
-    """lhs @ rhs, [batch, M, N] in `problem.out_dtype`.
+) -> jax.Array | Tensor:
+    """lhs @ rhs and what is fused round it, [batch, M, N] in `problem.out_dtype`; quantized, with its scales.
 
     Args:
       problem: describes the operands; `check(problem, chip)` must have passed.
@@ -51,18 +51,19 @@ def run(
     """
     if problem.rhs_transposed and problem.n == 1:
         # A single row is the same memory as a single column, which Mosaic takes with every dtype.
-        rhs = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), rhs)
+        rhs, gate = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), (rhs, extras.gate))
+        extras = dataclasses.replace(extras, gate=gate)
         problem = dataclasses.replace(problem, rhs_transposed=False)
     plan = resolve(problem, chip, config)
-    names, arrays, specs = zip(*_operands(plan, lhs, rhs), strict=True)
-    scratch = _scratch(plan)
+    names, arrays, specs = zip(*_operands(plan, lhs, rhs, extras), strict=True)
+    scratch, (outs, out_specs) = _scratch(plan), _results(plan)
     columns = "arbitrary" if plan.prepare_lhs and not plan.megacore_rows else "parallel"
-    return pl.pallas_call(
-        functools.partial(tpu_kernel.kernel, plan, bool(interpret), (*names, "out", *scratch)),
+    made = pl.pallas_call(
+        functools.partial(tpu_kernel.kernel, plan, bool(interpret), (*names, *outs, *scratch)),
         grid=plan.grid,
         in_specs=specs,
-        out_specs=pl.BlockSpec((1, plan.block_m, plan.block_n), lambda b, i, j, k: (b, i, j)),
-        out_shape=jax.ShapeDtypeStruct((problem.batch, problem.m, problem.n), problem.out_dtype),
+        out_specs=out_specs,
+        out_shape=list(outs.values()),
         scratch_shapes=tuple(scratch.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", columns, "arbitrary"),
@@ -72,27 +73,43 @@ def run(
         interpret=interpret,
         name=f"qwix_matmul_{problem.scheme}",
     )(*arrays)
+    if problem.epilogue is None or problem.epilogue.quantize is None:
+        return made[0]
+    return Tensor(made[0], extras.out_scale if len(made) == 1 else _in_order(plan, made[1]))
 
 
-def _operands(plan: Plan, lhs: Tensor, rhs: Tensor) -> list[tuple[str, jax.Array, pl.BlockSpec]]:
+def _results(plan: Plan) -> tuple[dict[str, jax.ShapeDtypeStruct], list[pl.BlockSpec]]:
+    """What the kernel writes, and its blocks: the result, and the scales of a result that it quantizes."""
+    p, bm, bn = plan.problem, plan.block_m, plan.block_n
+    outs = {"out": jax.ShapeDtypeStruct((p.batch, p.m, p.n), p.out_dtype)}
+    specs = [pl.BlockSpec((1, bm, bn), lambda b, i, j, k: (b, i, j))]
+    if p.epilogue and p.epilogue.scales_out:
+        tiles = bn // plan.out_tile if plan.out_tile else 1
+        outs["out_scales"] = jax.ShapeDtypeStruct((p.batch, plan.grid[2], p.m, tiles), jnp.float32)
+        specs.append(pl.BlockSpec((1, 1, bm, tiles), lambda b, i, j, k: (b, j, i, 0)))
+    return outs, specs
+
+
+def _in_order(plan: Plan, scales: jax.Array) -> jax.Array:
+    """[batch, N blocks, M, tiles of a block] as [batch, M, tiles]."""
+    p = plan.problem
+    tiles = jnp.swapaxes(scales, 1, 2).reshape(p.batch, p.m, -1)
+    return tiles[:, :, : p.n // plan.out_tile if plan.out_tile else 1]
+
+
+def _operands(
+    plan: Plan, lhs: Tensor, rhs: Tensor, extras: Extras
+) -> list[tuple[str, jax.Array, pl.BlockSpec]]:
     """(name in the kernel, array, block) of everything the kernel reads."""
-    p, bm, bn, bk = plan.problem, plan.block_m, plan.block_n, plan.block_k
+    p, bm, bk = plan.problem, plan.block_m, plan.block_k
     last = plan.steps_k - 1
     # A prepared lhs is not read again after the first column block: stay on its last block.
     reuse = plan.prepare_lhs and not plan.megacore_rows
     of_lhs = lambda j, k: jnp.where(j == 0, k, last) if reuse and last else k
-    batched = lambda x, b: b if x.shape[0] > 1 else 0
-    out = [
-        (
-            "lhs",
-            lhs.values,
-            pl.BlockSpec((1, bm, bk), lambda b, i, j, k: (batched(lhs, b), i, of_lhs(j, k))),
-        ),
-    ]
-    if p.rhs_transposed:
-        out.append(("rhs", rhs.values, pl.BlockSpec((1, bn, bk), lambda b, i, j, k: (batched(rhs, b), j, k))))
-    else:
-        out.append(("rhs", rhs.values, pl.BlockSpec((1, bk, bn), lambda b, i, j, k: (batched(rhs, b), k, j))))
+    block = pl.BlockSpec((1, bm, bk), lambda b, i, j, k: (_or_0(lhs.values, 0, b), i, of_lhs(j, k)))
+    out = [("lhs", lhs.values, block), *_weight(plan, "rhs", rhs)]
+    if extras.gate is not None:
+        out += _weight(plan, "gate", extras.gate)
     if plan.rows_given:
         assert p.quantize_lhs is not None
         top = jnp.max(jnp.abs(lhs.values), axis=2, keepdims=True).astype(jnp.float32)
@@ -101,11 +118,36 @@ def _operands(plan: Plan, lhs: Tensor, rhs: Tensor) -> list[tuple[str, jax.Array
         out.append(_lhs_side(plan, "lhs_scale", lhs.scale))
     if lhs.zero_point is not None:
         out.append(_lhs_side(plan, "lhs_zero", _wide(lhs.zero_point)))
-    if rhs.scale is not None:
-        out.append(_rhs_side(plan, "rhs_scale", rhs.scale))
-    if rhs.zero_point is not None:
-        out.append(_rhs_side(plan, "rhs_zero", _wide(rhs.zero_point)))
+    return out + _epilogue_operands(plan, extras)
+
+
+def _weight(plan: Plan, name: str, w: Tensor) -> list[tuple[str, jax.Array, pl.BlockSpec]]:
+    """A weight with its scales and zero points."""
+    bn, bk = plan.block_n, plan.block_k
+    if plan.problem.rhs_transposed:
+        block = pl.BlockSpec((1, bn, bk), lambda b, i, j, k: (_or_0(w.values, 0, b), j, k))
+    else:
+        block = pl.BlockSpec((1, bk, bn), lambda b, i, j, k: (_or_0(w.values, 0, b), k, j))
+    out = [(name, w.values, block)]
+    if w.scale is not None:
+        out.append(_rhs_side(plan, f"{name}_scale", w.scale))
+    if w.zero_point is not None:
+        out.append(_rhs_side(plan, f"{name}_zero", _wide(w.zero_point)))
     return out
+
+
+def _epilogue_operands(plan: Plan, extras: Extras) -> list[tuple[str, jax.Array, pl.BlockSpec]]:
+    """What the epilogue reads, in blocks of the result: one row of it, or all."""
+    p = plan.problem
+    given = {name: getattr(extras, name) for name in ("bias", "gate_bias", "residual")}
+    if extras.out_scale is not None:
+        given["out_scale"] = _expand(extras.out_scale, 2, p.n).astype(jnp.float32)
+
+    def block(x: jax.Array) -> pl.BlockSpec:
+        size = (1, plan.block_m if x.shape[1] > 1 else 1, plan.block_n)
+        return pl.BlockSpec(size, lambda b, i, j, k: (_or_0(x, 0, b), _or_0(x, 1, i), j))
+
+    return [(name, x, block(x)) for name, x in given.items() if x is not None]
 
 
 def _wide(zero: jax.Array) -> jax.Array:
@@ -168,7 +210,8 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     bm, bn, bk = plan.block_m, plan.block_n, plan.block_k
     out: dict[str, Any] = {}
     if plan.steps_k > 1:
-        out["acc"] = pltpu.VMEM((bm, bn), jnp.dtype(plan.acc))
+        for name in ("acc", "gate_acc")[: plan.problem.products]:
+            out[name] = pltpu.VMEM((bm, bn), jnp.dtype(plan.acc))
     if plan.prepare_lhs:
         out["lhs_ready"] = pltpu.VMEM((plan.steps_k, bm, bk), jnp.dtype(plan.lhs_dot))
     if plan.spreads_row_scale:
@@ -177,7 +220,8 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         out["row_scale"] = pltpu.VMEM((plan.steps_k, bm, plan.lhs_tiles()), jnp.float32)
     if plan.prepare_rhs:
         shape = (bn, bk) if plan.problem.rhs_transposed else (bk, bn)
-        out["rhs_ready"] = pltpu.VMEM(shape, jnp.dtype(plan.rhs_dot))
+        for name in ("rhs_ready", "gate_ready")[: plan.problem.products]:
+            out[name] = pltpu.VMEM(shape, jnp.dtype(plan.rhs_dot))
     return out
 
 
@@ -185,4 +229,5 @@ def _cost(plan: Plan, arrays: tuple[jax.Array, ...]) -> pl.CostEstimate:
     p = plan.problem
     moved = sum(a.size * dtype_bits(a.dtype.name) // 8 for a in arrays)
     moved += p.batch * p.m * p.n * dtype_bits(p.out_dtype) // 8
-    return pl.CostEstimate(flops=2 * p.batch * p.m * p.n * p.k, bytes_accessed=moved, transcendentals=0)
+    flops = 2 * p.products * p.batch * p.m * p.n * p.k
+    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)

@@ -26,7 +26,7 @@ from qwix_kernels.matmul.tpu_plan import (
     resolve,
     stored,
 )
-from qwix_kernels.problem import MatmulProblem, dtype_bits
+from qwix_kernels.problem import Epilogue, MatmulProblem, dtype_bits
 
 MIN_TILE = 32
 _LHS = ("bfloat16", "float32", "int8", "uint8", "int4", "uint4", "float8_e4m3fn", "float8_e5m2")
@@ -44,6 +44,7 @@ _NOT_HIDDEN = 0.4  # of the lesser of matrix and vector work
 _RUNNING_SUM = 4.0  # cycles per 1024 elements
 _STEP_CYCLES = 130  # of a grid step, whatever its blocks
 _VALU = 4 * 1024
+_ACTIVATION = {None: 0.0, "relu": 1.0, "relu6": 2.0, "silu": 8.0, "gelu_tanh": 12.0, "gelu": 30.0}
 
 
 def check(problem: MatmulProblem, chip: Chip) -> None:
@@ -73,11 +74,11 @@ def check(problem: MatmulProblem, chip: Chip) -> None:
             refuse(f"takes K tiles of multiples of {MIN_TILE}, not {x.tile_k} ({name})")
     if p.norm:
         refuse("does not normalise rows")
-    if p.epilogue:
-        refuse(f"has no epilogue ({p.fused})")
+    if p.epilogue and (reason := _epilogue_refused(p.epilogue, p.n)):
+        refuse(reason)
     if p.quantize_lhs and (p.quantize_lhs.static or p.quantize_lhs.scale_dtype != "float32"):
         refuse(f"quantizes rows dynamically, by float32 scales, not as {p.quantize_lhs}")
-    if p.out_dtype not in _OUT:
+    if p.out_dtype not in _OUT and not (p.epilogue and p.epilogue.quantize):
         refuse(f"gives {', '.join(_OUT)}, not {p.out_dtype}")
     if p.precision not in (None, "default") and any(d in ("float32", "bfloat16") for d in stored(p)):
         refuse(f"multiplies floats in bfloat16, not with precision {p.precision!r}")
@@ -99,6 +100,29 @@ def _exact_run(p: MatmulProblem) -> int:
     """How many integer products, zero points taken off, int32 is sure to hold the sum of.
 
     Without scales the sum is right modulo 2**32, so exact wherever int32 holds the result.
+def _epilogue_refused(e: Epilogue, n: int) -> str:
+    """What the kernel does not do after the product; empty for nothing."""
+    q = e.quantize
+    if e.residual and e.residual not in ("bfloat16", "float32"):
+        return f"adds residuals in bfloat16 or float32, not {e.residual}"
+    if q is None:
+        return ""
+    if q.dtype not in _QUANTIZED_TO:
+        return f"quantizes its result to {', '.join(_QUANTIZED_TO)}, not {q.dtype}"
+    if not q.static and q.tile_k % n % LANES:
+        return f"quantizes its result by whole rows or tiles of multiples of {LANES}, not {q.tile_k}"
+    return ""
+
+
+def _epilogue_ops(p: MatmulProblem) -> float:
+    """Vector operations per element of the result after its scales."""
+    e = p.epilogue
+    if e is None:
+        return 0.0
+    each = e.bias + e.gate_bias + e.gate + 1.5 * (e.residual is not None) + _ACTIVATION[e.activation]
+    return each + (_QUANTIZE_ROW["float8" if is_fp8(p.out_dtype) else "int"] if e.quantize else 0.0)
+
+
     """
     if not is_integer_problem(p) or p.out_dtype == "int32":
         return p.k
@@ -156,7 +180,7 @@ def _candidates(p: MatmulProblem, whole_k: bool) -> Iterator[Config]:
         tiles.append(p.quantize_lhs.tile_k)
     for strategy in ("after", "before") if tiles else ("once",):
         for bm in _row_blocks(p.m):
-            for bn in _sizes(p.n, (1024, 512, 256, 128)):
+            for bn in _column_blocks(p):
                 if strategy == "after" and bm > 64 and bn > 256 and p.n > 256:
                     continue
                 for bk in (p.k,) if whole_k else _k_parts(p.k, math.lcm(LANES, *tiles)):
@@ -166,6 +190,15 @@ def _candidates(p: MatmulProblem, whole_k: bool) -> Iterator[Config]:
 def _row_blocks(m: int) -> list[int]:
     unit = 8 if m <= 32 else 64
     return sorted({min(size, pl_cdiv(m, unit) * unit) for size in (1024, 512, 256, 128, 64, 32, 8)})
+
+def _column_blocks(p: MatmulProblem) -> list[int]:
+    """Widths of a block; whole tiles of a result that is quantized by tiles, all of one quantized by rows."""
+    q = p.epilogue.quantize if p.epilogue and p.epilogue.scales_out else None
+    tile = q.tile_k % p.n if q else LANES
+    if not tile:
+        return [p.n]
+    return _sizes(p.n, tuple(pl_cdiv(size, tile) * tile for size in (1024, 512, 256, 128)))
+
 
 
 def _sizes(n: int, sizes: tuple[int, ...]) -> list[int]:
@@ -196,8 +229,10 @@ def _compute_us(plan: Plan, chip: Chip) -> float:
     vector = _weight_ops(plan, chip) + _partial_ops(plan)
     # A running sum in VMEM is read, added to and written by nothing that the matrix unit hides.
     sums = _RUNNING_SUM * plan.block_m * _lanes(plan.block_n) / 1024 if steps > 1 else 0
-    step = max(matrix, vector / 4) + _NOT_HIDDEN * min(matrix, vector / 4) + sums + _STEP_CYCLES
-    cycles = b * rows * columns * steps * step
+    step = max(matrix, vector / 4) + _NOT_HIDDEN * min(matrix, vector / 4) + sums
+    cycles = b * rows * columns * steps * (plan.problem.products * step + _STEP_CYCLES)
+    last = _epilogue_ops(plan.problem) / 4 * plan.block_m * _lanes(plan.block_n) / 1024
+    cycles += b * rows * columns * last
     if plan.prepare_lhs:
         again = columns if plan.megacore_rows else 1
         cycles += b * rows * again * steps * _row_ops(plan) / 4
@@ -261,6 +296,6 @@ def _memory_us(plan: Plan, chip: Chip) -> float:
     if plan.rows_given:
         lhs += cost.operand_bytes(p.lhs, p.k)
     again = rows if columns > 1 or steps > 1 else 1
-    rhs = cost.operand_bytes(p.rhs, p.k) * again * (p.batch // p.rhs.batch)
-    out = p.batch * p.m * p.n * dtype_bits(p.out_dtype) / 8
+    rhs = cost.operand_bytes(p.rhs, p.k) * again * (p.batch // p.rhs.batch) * p.products
+    out = cost.result_bytes(p) + cost.epilogue_bytes(p)
     return (lhs + rhs + out) / (chip.hbm_gbps * 1e3)

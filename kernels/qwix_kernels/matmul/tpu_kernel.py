@@ -7,7 +7,10 @@ The grid is (batch, M blocks, N blocks, K blocks), K innermost. In one step:
        tails);
     3. partial dots run over the block's K, are corrected for zero points by row and column sums, scaled where
        the strategy is "after", and added up;
-    4. on the last K block the per-row and per-column scales go on, and the result is stored.
+    4. on the last K block the per-row and per-column scales go on, then what the epilogue has (tpu_epilogue),
+       and the result is stored.
+
+A gate is a second weight: steps 2 and 3 are done for either.
 
 Rows and columns past the operands hold whatever the DMA left there: they reach only outputs that are cut off.
 K past the operands would reach everything, so both sides are zeroed there.
@@ -59,7 +62,8 @@ def kernel(plan: Plan, emulate: bool, names: tuple[str, ...], *refs: Any) -> Non
             tpu_rows.prepare(plan, r, step)
 
     if plan.prepare_rhs:
-        tpu_weights.prepare(plan, r, step)
+        for weight in tpu_epilogue.weights(plan, r):
+            tpu_weights.prepare(plan, weight, step)
     if plan.block_m == plan.sub_m:
         _rows_step(plan, emulate, r, step, slice(0, plan.block_m))
         return
@@ -70,20 +74,23 @@ def kernel(plan: Plan, emulate: bool, names: tuple[str, ...], *refs: Any) -> Non
 
 
 def _rows_step(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, rows: Any) -> None:
-    """Dots, running sum and result of some rows of the block."""
+    """Dots, running sums and result of some rows of the block."""
+    weights = tpu_epilogue.weights(plan, r)
     if plan.steps_k == 1:
-        tpu_epilogue.finish(plan, r, rows, _dot_block(plan, emulate, r, step, rows))
+        tpu_epilogue.finish(plan, r, rows, [_dot_block(plan, emulate, w, step, rows) for w in weights])
         return
 
     @pl.when(step == 0)
     def _():
-        r["acc"][rows, :] = jnp.zeros((plan.sub_m, plan.block_n), plan.acc)
+        for w in weights:
+            w["acc"][rows, :] = jnp.zeros((plan.sub_m, plan.block_n), plan.acc)
 
-    r["acc"][rows, :] += _dot_block(plan, emulate, r, step, rows)
+    for w in weights:
+        w["acc"][rows, :] += _dot_block(plan, emulate, w, step, rows)
 
     @pl.when(step == plan.steps_k - 1)
     def _():
-        tpu_epilogue.finish(plan, r, rows, r["acc"][rows, :])
+        tpu_epilogue.finish(plan, r, rows, [w["acc"][rows, :] for w in weights])
 
 
 # --- the dots

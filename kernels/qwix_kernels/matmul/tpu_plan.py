@@ -123,6 +123,13 @@ class Plan:
         return self.strategy == "before" and self.rhs_tile > 0
 
     @property
+    @property
+    def out_tile(self) -> int:
+        """Columns that share a scale of a result that is quantized dynamically, or 0: whole rows do."""
+        e = self.problem.epilogue
+        q = e.quantize if e else None
+        return 0 if q is None or q.static else q.tile_k % self.problem.n
+
     def row_step(self) -> int:
         """Rows rewritten at a time: a native tile of what they become, at most that of 4-bit values."""
         return row_step(self.lhs_dot)
@@ -245,6 +252,7 @@ def resolve(problem: MatmulProblem, chip: Chip, config: Config) -> Plan:
         lhs_dot=lhs_dot,
         rhs_dot=rhs_dot,
         chunk=chunk,
+    _check_out_tiles(p, config)
         prepare_lhs=k_tail or lhs != lhs_dot or p.quantize_lhs is not None,
         prepare_rhs=k_tail
         or rhs == "nf4"
@@ -293,11 +301,11 @@ def vmem_bytes(plan: Plan) -> int:
     p, bm, bn, bk = plan.problem, plan.block_m, plan.block_n, plan.block_k
     bits = lambda d: dtype_bits(d)
     lhs = bm * _pad(bk) * bits(p.lhs.dtype) // 8
-    rhs = _pad(bn) * _pad(bk) * bits(p.rhs.dtype) // 8
+    rhs = p.products * _pad(bn) * _pad(bk) * bits(p.rhs.dtype) // 8
     out = bm * _pad(bn) * bits(p.out_dtype) // 8
     scales = 0
     if p.rhs.is_quantized:
-        scales += (1 + p.rhs.zero_point) * (_pad(plan.rhs_tiles(), 8) * _pad(bn) * 4)
+        scales += p.products * (1 + p.rhs.zero_point) * (_pad(plan.rhs_tiles(), 8) * _pad(bn) * 4)
     if plan.scales_lhs:
         scales += (1 + p.lhs.zero_point) * bm * _pad(plan.lhs_tiles()) * 4
     scratch = bm * _pad(bn) * 4  # the accumulator, or the dot's own result
@@ -306,9 +314,34 @@ def vmem_bytes(plan: Plan) -> int:
     if plan.spreads_row_scale:
         scratch += plan.steps_k * plan.lhs_tiles() * bm * LANES * 4
     if plan.prepare_rhs or p.rhs.dtype != plan.rhs_dot:
-        scratch += _pad(bn) * _pad(bk) * bits(plan.rhs_dot) // 8
-    return 2 * (lhs + rhs + out + scales) + scratch
+        scratch += p.products * _pad(bn) * _pad(bk) * bits(plan.rhs_dot) // 8
+    return 2 * (lhs + rhs + out + scales + _epilogue_bytes(plan)) + scratch
+
+
+def _epilogue_bytes(plan: Plan) -> int:
+    """VMEM of one block of everything that the epilogue reads, and of the scales that it writes."""
+    e, bm, bn = plan.problem.epilogue, plan.block_m, plan.block_n
+    if e is None:
+        return 0
+    rows = 8 * _pad(bn) * 4
+    out = (e.bias + e.gate_bias) * rows
+    if e.residual:
+        out += bm * _pad(bn) * dtype_bits(e.residual) // 8
+    if e.quantize:
+        out += rows if e.quantize.static else bm * _pad(bn // plan.out_tile if plan.out_tile else 1) * 4
+    return out
 
 
 def _pad(size: int, unit: int = LANES) -> int:
+def _check_out_tiles(p: MatmulProblem, config: Config) -> None:
+    if p.epilogue is None or not p.epilogue.scales_out or p.epilogue.quantize is None:
+        return
+    tile = p.epilogue.quantize.tile_k % p.n
+    if config.block_n < p.n and (not tile or config.block_n % tile):
+        raise NotImplementedError(
+            f"the result is quantized by {f'tiles of {tile} columns' if tile else 'whole rows'}, so block_n "
+            f"must be {f'a multiple of {tile} or ' if tile else ''}N={p.n}, got {config}"
+        )
+
+
     return pl_cdiv(size, unit) * unit
