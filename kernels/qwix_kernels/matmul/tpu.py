@@ -110,7 +110,13 @@ def _operands(
     out = [("lhs", lhs.values, block), *_weight(plan, "rhs", rhs)]
     if extras.gate is not None:
         out += _weight(plan, "gate", extras.gate)
-    if plan.rows_given:
+    if extras.norm_weight is not None:
+        weight = extras.norm_weight
+        block = pl.BlockSpec((1, 1, bk), lambda b, i, j, k: (_or_0(weight, 0, b), 0, of_lhs(j, k)))
+        out.append(("norm_weight", weight, block))
+    if extras.lhs_scale is not None:
+        out.append(_lhs_side(plan, "lhs_scale", extras.lhs_scale))
+    elif plan.rows_given:
         assert p.quantize_lhs is not None
         top = jnp.max(jnp.abs(lhs.values), axis=2, keepdims=True).astype(jnp.float32)
         out.append(_lhs_side(plan, "lhs_scale", row_scale(top, p.quantize_lhs)))
