@@ -52,6 +52,7 @@ class Chip:
     # (lhs dtypes, rhs dtypes) that the matrix unit multiplies as they are
     native: tuple[tuple[frozenset[str], frozenset[str]], ...]
     device_kinds: tuple[str, ...] = ()  # how jax names such a device
+    bf16_math: bool = False  # the vector unit computes on packed bfloat16
 
     @property
     def chip_hbm_gbps(self) -> float:
@@ -105,7 +106,9 @@ _GPU_NATIVE = (
 def _tpu(name, cores, ghz, chip_hbm, vmem, mxu, bf16, int8, fp8, int4, native, kinds) -> Chip:
     bf16, int8, fp8, int4 = (rate / cores for rate in (bf16, int8, fp8, int4))
     hbm = chip_hbm / cores
-    return Chip(name, "tpu", cores, ghz, hbm, vmem, MiB, mxu, bf16, int8, fp8, int4, native, kinds)
+    rates = (bf16, int8, fp8, int4)
+    packed = name not in ("v5e", "v5p")
+    return Chip(name, "tpu", cores, ghz, hbm, vmem, MiB, mxu, *rates, native, kinds, packed)
 
 
 _CPU_NATIVE = ((_WIDE, _WIDE), (_INT8, _INT8))

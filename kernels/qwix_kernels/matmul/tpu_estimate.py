@@ -28,23 +28,27 @@ from qwix_kernels.matmul.tpu_plan import (
 )
 from qwix_kernels.problem import Epilogue, MatmulProblem, dtype_bits
 
-MIN_TILE = 32
+MIN_TILE = 16
 _LHS = ("bfloat16", "float32", "int8", "uint8", "int4", "uint4", "float8_e4m3fn", "float8_e5m2")
 _OUT = ("bfloat16", "float32", "int32")
 _SCALES = ("bfloat16", "float32")
 _QUANTIZED_TO = ("int8", "int4", "float8_e4m3fn", "float8_e5m2")
 # Vector operations per 1024 elements.
-_WIDEN = {"int8": 1.5, "int4": 1.6, "uint8": 2.5, "uint4": 2.6, "nf4": 22.0, "float8": 5.0, "wide": 0.5}
-_MIXED = {"int8": 1.7, "int4": 1.7, "float8": 1.3}  # widened by the compiler, on the way into the matrix unit
-_NO_BF16_UNIT = 1.4  # v5: the vector unit has no bfloat16, so that widening takes the longer way
+_WIDEN = {"int8": 2.7, "int4": 2.9, "uint8": 2.5, "uint4": 2.6, "nf4": 22.0, "float8": 5.0, "wide": 0.5}
+_WIDEN_16 = {"int8": 0.7, "int4": 0.7, "float8": 1.5, "nf4": 22.0}  # to bfloat16, where that is native
+# Widened by the compiler, on the way into the matrix unit: integers and e4m3, without and with `bf16_math`.
+_MIXED = {False: (2.4, 1.0), True: (0.6, 0.8)}
 _SCALE_WEIGHT = 2.0  # multiply, and half a pack to bfloat16
+_SCALE_WEIGHT_16 = 0.8
+# Cycles to hand 1024 weights to the matrix units, by their columns: in bfloat16, and in 8 bits.
+_PUSH = {128: (0.28, 0.28), 256: (0.46, 0.29)}
 _SCALE_PARTIAL = 2.2  # multiply and add
 _QUANTIZE_ROW = {"int": 9.0, "float8": 15.0, "native": 5.0}
+_ACTIVATION = {None: 0.0, "relu": 1.0, "relu6": 2.0, "silu": 8.0, "gelu_tanh": 12.0, "gelu": 30.0}
 _NOT_HIDDEN = 0.4  # of the lesser of matrix and vector work
 _RUNNING_SUM = 4.0  # cycles per 1024 elements
 _STEP_CYCLES = 130  # of a grid step, whatever its blocks
 _VALU = 4 * 1024
-_ACTIVATION = {None: 0.0, "relu": 1.0, "relu6": 2.0, "silu": 8.0, "gelu_tanh": 12.0, "gelu": 30.0}
 
 
 def check(problem: MatmulProblem, chip: Chip) -> None:
@@ -96,10 +100,6 @@ def check(problem: MatmulProblem, chip: Chip) -> None:
         refuse("finds no blocks that fit its VMEM")
 
 
-def _exact_run(p: MatmulProblem) -> int:
-    """How many integer products, zero points taken off, int32 is sure to hold the sum of.
-
-    Without scales the sum is right modulo 2**32, so exact wherever int32 holds the result.
 def _epilogue_refused(e: Epilogue, n: int) -> str:
     """What the kernel does not do after the product; empty for nothing."""
     q = e.quantize
@@ -123,6 +123,10 @@ def _epilogue_ops(p: MatmulProblem) -> float:
     return each + (_QUANTIZE_ROW["float8" if is_fp8(p.out_dtype) else "int"] if e.quantize else 0.0)
 
 
+def _exact_run(p: MatmulProblem) -> int:
+    """How many integer products, zero points taken off, int32 is sure to hold the sum of.
+
+    Without scales the sum is right modulo 2**32, so exact wherever int32 holds the result.
     """
     if not is_integer_problem(p) or p.out_dtype == "int32":
         return p.k
@@ -187,10 +191,6 @@ def _candidates(p: MatmulProblem, whole_k: bool) -> Iterator[Config]:
                     yield Config(bm, bn, bk, strategy)
 
 
-def _row_blocks(m: int) -> list[int]:
-    unit = 8 if m <= 32 else 64
-    return sorted({min(size, pl_cdiv(m, unit) * unit) for size in (1024, 512, 256, 128, 64, 32, 8)})
-
 def _column_blocks(p: MatmulProblem) -> list[int]:
     """Widths of a block; whole tiles of a result that is quantized by tiles, all of one quantized by rows."""
     q = p.epilogue.quantize if p.epilogue and p.epilogue.scales_out else None
@@ -199,6 +199,10 @@ def _column_blocks(p: MatmulProblem) -> list[int]:
         return [p.n]
     return _sizes(p.n, tuple(pl_cdiv(size, tile) * tile for size in (1024, 512, 256, 128)))
 
+
+def _row_blocks(m: int) -> list[int]:
+    unit = 8 if m <= 32 else 64
+    return sorted({min(size, pl_cdiv(m, unit) * unit) for size in (1024, 512, 256, 128, 64, 32, 8)})
 
 
 def _sizes(n: int, sizes: tuple[int, ...]) -> list[int]:
@@ -225,7 +229,9 @@ def _compute_us(plan: Plan, chip: Chip) -> float:
     rate = {"int8": chip.int8, "int4": chip.int4}.get(plan.lhs_dot, chip.bf16)
     if is_fp8(plan.lhs_dot) and is_fp8(plan.rhs_dot):
         rate = max(chip.fp8, chip.bf16)
-    matrix = 2 * macs / (rate * 1e12) * chip.ghz * 1e9
+    weights = pl_cdiv(plan.block_n, chip.mxu) * chip.mxu * plan.block_k
+    push = _PUSH[chip.mxu][_pushes_bytes(plan, chip)] * weights / 1024
+    matrix = max(2 * macs * plan.stack / (rate * 1e12) * chip.ghz * 1e9, push)
     vector = _weight_ops(plan, chip) + _partial_ops(plan)
     # A running sum in VMEM is read, added to and written by nothing that the matrix unit hides.
     sums = _RUNNING_SUM * plan.block_m * _lanes(plan.block_n) / 1024 if steps > 1 else 0
@@ -246,13 +252,11 @@ def _weight_ops(plan: Plan, chip: Chip) -> float:
     kind = p.rhs.codebook or p.rhs.dtype
     each = 0.0
     if plan.prepare_rhs or kind != plan.rhs_dot:
-        each = _widen(kind) + 0.5
+        each = _widen(kind, chip.bf16_math) + (0 if chip.bf16_math else 0.5)
     elif not chip.is_native(plan.lhs_dot, plan.rhs_dot):
-        each = _MIXED["float8" if is_fp8(kind) else kind] * (
-            _NO_BF16_UNIT if chip.name in ("v5e", "v5p") else 1
-        )
+        each = _MIXED[chip.bf16_math][is_fp8(kind)]
     if plan.folds_rhs:
-        each += _SCALE_WEIGHT + p.rhs.zero_point
+        each += (_SCALE_WEIGHT_16 if chip.bf16_math else _SCALE_WEIGHT) + p.rhs.zero_point
     return each * pl_cdiv(plan.block_n, chip.mxu) * chip.mxu * plan.block_k / 1024
 
 
@@ -264,7 +268,14 @@ def _partial_ops(plan: Plan) -> float:
         each += _SCALE_PARTIAL + (plan.lhs_tile > 0)
     elif runs > 1:
         each += 1
-    return each * runs * plan.block_m * _lanes(plan.block_n) / 1024
+    return each * runs * plan.stack * plan.block_m * _lanes(plan.block_n) / 1024
+
+
+def _pushes_bytes(plan: Plan, chip: Chip) -> bool:
+    """Whether the matrix unit takes the weights in at most 8 bits."""
+    if chip.name == "v7x" and plan.rhs_dot == "int4":
+        return True  # as float8_e4m3fn
+    return is_fp8(plan.rhs_dot) or (plan.lhs_dot == plan.rhs_dot and plan.rhs_dot != "bfloat16")
 
 
 def _row_ops(plan: Plan) -> float:
@@ -278,8 +289,9 @@ def _row_ops(plan: Plan) -> float:
     return each * plan.block_m * plan.block_k / 1024
 
 
-def _widen(dtype: str) -> float:
-    return _WIDEN.get(dtype) or _WIDEN["float8" if is_fp8(dtype) else "wide"]
+def _widen(dtype: str, bf16: bool = False) -> float:
+    cost = _WIDEN | _WIDEN_16 if bf16 else _WIDEN
+    return cost.get(dtype) or cost["float8" if is_fp8(dtype) else "wide"]
 
 
 def _lanes(n: int) -> int:

@@ -99,9 +99,7 @@ def _rows_step(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, ro
 def _dot_block(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, rows: Any) -> jax.Array:
     """Sum over this K block, [rows, block_n] in `plan.acc`, without the scales that are per row or column."""
     total: Any = None
-    run = plan.chunk
-    if plan.strategy == "after":
-        run = min(t for t in (plan.lhs_tile, plan.rhs_tile) if t)
+    run = max(plan.run, LANES) if plan.strategy == "after" else plan.chunk
     for start in range(0, plan.block_k, run):
         stop = min(start + run, plan.block_k)
         part: Any = None
@@ -118,30 +116,39 @@ def _dot_block(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, ro
 def _scale_tile(
     plan: Plan, r: dict[str, Any], step: jax.Array, rows: Any, part: jax.Array, start: int
 ) -> jax.Array:
-    if plan.rhs_tile:
-        t = start // plan.rhs_tile
-        part = part * r["rhs_scale"][0, 0, t : t + 1, :].astype(jnp.float32)
-    if plan.lhs_tile:
-        part = part * tpu_epilogue.lhs_scale(plan, r, step, rows, start // plan.lhs_tile)
-    return part
+    """The partial sums of the tiles from `start`, scaled and added up."""
+    total: Any = None
+    size = part.shape[0] // plan.stack
+    for i in range(plan.stack):
+        at = start + i * plan.run
+        tile = part[i * size : (i + 1) * size, :]
+        if plan.rhs_tile:
+            t = at // plan.rhs_tile
+            tile = tile * r["rhs_scale"][0, 0, t : t + 1, :].astype(jnp.float32)
+        if plan.lhs_tile:
+            tile = tile * tpu_epilogue.lhs_scale(plan, r, step, rows, at // plan.lhs_tile)
+        total = tile if total is None else total + tile
+    return total
 
 
 def _partial(
     plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, rows: Any, at: slice
 ) -> jax.Array:
-    """The dot over `at`, a slice of this K block, with zero points taken off."""
+    """The dot over `at`, a slice of this K block, with zero points taken off; tiles stacked as rows."""
     p = plan.problem
     lhs = r["lhs_ready"][step, rows, at] if plan.prepare_lhs else r["lhs"][0, rows, at]
     rhs_ref = r["rhs_ready"] if plan.prepare_rhs else r["rhs"].at[0]
     rhs = rhs_ref[:, at] if p.rhs_transposed else rhs_ref[at, :]
     lhs, rhs = values.narrow(lhs, plan.lhs_dot), values.narrow(rhs, plan.rhs_dot)
     dot = _dot(plan, emulate)
+    size = lhs.shape[0]
+    lhs = values.stack_tiles(lhs, plan.stack)
     out = dot(lhs, rhs)
     zero_lhs = p.lhs.zero_point and not plan.folds_lhs
     z_rhs = None
     if p.rhs.zero_point and not plan.folds_rhs:
         ones = jnp.ones((LANES, lhs.shape[1]) if p.rhs_transposed else (lhs.shape[1], LANES), rhs.dtype)
-        z_rhs = _zero_row(plan, r, at)
+        z_rhs = _zero_rows(plan, r, at, size)
         out = out - dot(lhs, ones)[:, :1].astype(out.dtype) * z_rhs.astype(out.dtype)
     if zero_lhs:
         z_lhs = r["lhs_zero"][0, 0, rows, _tile(at, plan.lhs_tile)].astype(out.dtype)
@@ -157,8 +164,14 @@ def _tile(at: slice, tile: int) -> slice:
     return slice(t, t + 1)
 
 
-def _zero_row(plan: Plan, r: dict[str, Any], at: slice) -> jax.Array:
-    return r["rhs_zero"][0, 0, _tile(at, plan.rhs_tile), :]
+def _zero_rows(plan: Plan, r: dict[str, Any], at: slice, size: int) -> jax.Array:
+    """Zero points of the rhs: [1, block_n], or a row for each of the rows that are stacked by tile."""
+    first = r["rhs_zero"][0, 0, _tile(at, plan.rhs_tile), :]
+    if plan.stack == 1:
+        return first
+    tiles = [(at.start + i * plan.run) // plan.rhs_tile if plan.rhs_tile else 0 for i in range(plan.stack)]
+    rows = [jnp.broadcast_to(r["rhs_zero"][0, 0, t : t + 1, :], (size, first.shape[1])) for t in tiles]
+    return jnp.concatenate(rows, axis=0)
 
 
 def _dot(plan: Plan, emulate: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:

@@ -79,6 +79,7 @@ class Plan:
     prepare_rhs: bool  # rewritten into VMEM in every step
     integer: bool  # accumulates in int32
     rows_given: bool  # row scales of `quantize_lhs` come from outside: the row does not fit one block
+    bf16_math: bool  # weights are scaled in bfloat16, two to a lane, where the vector unit does that
     megacore_rows: bool  # prepare the lhs in every step, so that the column blocks may run on both cores
 
     @property
@@ -123,13 +124,13 @@ class Plan:
         return self.strategy == "before" and self.rhs_tile > 0
 
     @property
-    @property
     def out_tile(self) -> int:
         """Columns that share a scale of a result that is quantized dynamically, or 0: whole rows do."""
         e = self.problem.epilogue
         q = e.quantize if e else None
         return 0 if q is None or q.static else q.tile_k % self.problem.n
 
+    @property
     def row_step(self) -> int:
         """Rows rewritten at a time: a native tile of what they become, at most that of 4-bit values."""
         return row_step(self.lhs_dot)
@@ -138,6 +139,20 @@ class Plan:
     def sub_m(self) -> int:
         """Rows whose running sum stays in registers while the tiles of K go by."""
         return SUB_M if self.strategy == "after" and self.block_m % SUB_M == 0 else self.block_m
+
+    @property
+    def stack(self) -> int:
+        """K tiles of one dot of strategy "after": more than one where they are narrower than a register.
+
+        The rows then stand in the dot once for each tile, zero outside of it, so that one pass of the weights
+        through the matrix unit gives the partial sums of every tile.
+        """
+        return LANES // self.run if self.strategy == "after" and self.run < LANES else 1
+
+    @property
+    def run(self) -> int:
+        """Strategy "after": the K that shares its scales on both sides."""
+        return min(t for t in (self.lhs_tile, self.rhs_tile) if t)
 
     @property
     def spreads_row_scale(self) -> bool:
@@ -237,6 +252,7 @@ def resolve(problem: MatmulProblem, chip: Chip, config: Config) -> Plan:
         )
     lhs_dot, rhs_dot = dot_dtypes(p, chip, config.strategy)
     _check_blocks(p, config, tiles, row_step(lhs_dot))
+    _check_out_tiles(p, config)
     chunk = min(config.block_k, _exact_chunk(p, lhs_dot))
     if config.strategy == "after":
         chunk = _after_chunk(p, tiles, chunk)
@@ -252,13 +268,13 @@ def resolve(problem: MatmulProblem, chip: Chip, config: Config) -> Plan:
         lhs_dot=lhs_dot,
         rhs_dot=rhs_dot,
         chunk=chunk,
-    _check_out_tiles(p, config)
         prepare_lhs=k_tail or lhs != lhs_dot or p.quantize_lhs is not None,
         prepare_rhs=k_tail
         or rhs == "nf4"
         or (zero_in_place and (p.rhs.zero_point or k_tile(p.rhs, p.k) > 0)),
         integer=is_integer_problem(p) and config.strategy == "once",
         rows_given=p.quantize_lhs is not None and not _row_tile(p) and config.block_k < p.k,
+        bf16_math=chip.bf16_math,
         megacore_rows=chip.name == "v5p" and p.batch * pl_cdiv(p.m, config.block_m) < chip.cores,
     )
     need = vmem_bytes(plan)
@@ -276,10 +292,17 @@ def _row_tile(p: MatmulProblem) -> int:
 
 def _after_chunk(p: MatmulProblem, tiles: list[int], exact: int) -> int:
     small = min(tiles)
-    if small % LANES or any(t % small for t in tiles):
+    if (small % LANES and LANES % small) or any(t % small for t in tiles):
         raise NotImplementedError(
-            f"strategy 'after' needs K tiles of {LANES}s that divide each other, got {tiles}"
+            f"strategy 'after' needs K tiles that divide {LANES} or are multiples of it, and divide each "
+            f"other, got {tiles}"
         )
+    if small < LANES and (p.lhs.zero_point or p.k % LANES):
+        raise NotImplementedError(
+            f"strategy 'after' with K tiles below {LANES} needs a K of whole {LANES}s and an lhs without "
+            f"zero points, got K={p.k}, tiles {tiles}"
+        )
+    small = max(small, LANES)
     return small if small <= exact else math.gcd(small, exact)
 
 
@@ -296,6 +319,17 @@ def _check_blocks(p: MatmulProblem, config: Config, tiles: list[int], rows: int)
             )
 
 
+def _check_out_tiles(p: MatmulProblem, config: Config) -> None:
+    if p.epilogue is None or not p.epilogue.scales_out or p.epilogue.quantize is None:
+        return
+    tile = p.epilogue.quantize.tile_k % p.n
+    if config.block_n < p.n and (not tile or config.block_n % tile):
+        raise NotImplementedError(
+            f"the result is quantized by {f'tiles of {tile} columns' if tile else 'whole rows'}, so block_n "
+            f"must be {f'a multiple of {tile} or ' if tile else ''}N={p.n}, got {config}"
+        )
+
+
 def vmem_bytes(plan: Plan) -> int:
     """VMEM that the blocks (two of each), the scratch and the largest temporaries take, in bytes."""
     p, bm, bn, bk = plan.problem, plan.block_m, plan.block_n, plan.block_k
@@ -308,7 +342,8 @@ def vmem_bytes(plan: Plan) -> int:
         scales += p.products * (1 + p.rhs.zero_point) * (_pad(plan.rhs_tiles(), 8) * _pad(bn) * 4)
     if plan.scales_lhs:
         scales += (1 + p.lhs.zero_point) * bm * _pad(plan.lhs_tiles()) * 4
-    scratch = bm * _pad(bn) * 4  # the accumulator, or the dot's own result
+    # The accumulator, or the dot's own result, or both where tiles of K are stacked.
+    scratch = p.products * bm * _pad(bn) * 4 + (plan.stack > 1) * plan.stack * plan.sub_m * _pad(bn) * 4
     if plan.prepare_lhs:
         scratch += plan.steps_k * bm * _pad(bk) * bits(plan.lhs_dot) // 8
     if plan.spreads_row_scale:
@@ -333,15 +368,4 @@ def _epilogue_bytes(plan: Plan) -> int:
 
 
 def _pad(size: int, unit: int = LANES) -> int:
-def _check_out_tiles(p: MatmulProblem, config: Config) -> None:
-    if p.epilogue is None or not p.epilogue.scales_out or p.epilogue.quantize is None:
-        return
-    tile = p.epilogue.quantize.tile_k % p.n
-    if config.block_n < p.n and (not tile or config.block_n % tile):
-        raise NotImplementedError(
-            f"the result is quantized by {f'tiles of {tile} columns' if tile else 'whole rows'}, so block_n "
-            f"must be {f'a multiple of {tile} or ' if tile else ''}N={p.n}, got {config}"
-        )
-
-
     return pl_cdiv(size, unit) * unit

@@ -47,13 +47,23 @@ def _groups(size: int, tile: int, width: int) -> list[Group]:
     return groups
 
 
-def widen(x: jax.Array, codebook: str | None) -> jax.Array:
-    """The represented numbers in float32."""
+def widen(x: jax.Array, codebook: str | None, dtype: str = "float32") -> jax.Array:
+    """The represented numbers in `dtype`: in bfloat16 exact but for a codebook's."""
     if codebook is not None:
-        return look_up(x, codebook)
+        return look_up(x, codebook).astype(dtype)
     if jnp.issubdtype(x.dtype, jnp.unsignedinteger):
-        x = x.astype(jnp.int32)
-    return x.astype(jnp.float32)
+        x = x.astype(jnp.int32).astype(jnp.float32)
+    return x.astype(dtype)
+
+
+def stack_tiles(x: jax.Array, count: int) -> jax.Array:
+    """[rows, K] as [count * rows, K]: block i keeps tile i of the `count` in K and is zero elsewhere."""
+    if count == 1:
+        return x
+    tile = lax.broadcasted_iota(jnp.int32, x.shape, 1) // (x.shape[1] // count)
+    wide = x.astype(jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32)
+    rows = [jnp.where(tile == i, wide, jnp.zeros_like(wide)) for i in range(count)]
+    return narrow(jnp.concatenate(rows, axis=0), x.dtype.name)
 
 
 def narrow(x: jax.Array, dtype: str) -> jax.Array:

@@ -15,24 +15,31 @@ def prepare(plan: Plan, r: dict[str, Any], step: jax.Array) -> None:
     """Weights of this step in the matrix unit's dtype: dequantized, looked up, zero past the end of K."""
     p = plan.problem
     limit = plan.k_limit(step)
+    wide = "bfloat16" if plan.bf16_math else "float32"
     if p.rhs_transposed:
         for lanes, tiles in values.lane_groups(plan.block_k, plan.rhs_tile if plan.folds_rhs else 0):
-            w = values.widen(r["rhs"][0, :, lanes], p.rhs.codebook)
+            w = values.widen(r["rhs"][0, :, lanes], p.rhs.codebook, wide)
             if plan.folds_rhs:
                 if p.rhs.zero_point:
-                    w = w - values.spread(r["rhs_zero"], (0, 0, slice(None)), tiles, lanes)
-                w = w * values.spread(r["rhs_scale"], (0, 0, slice(None)), tiles, lanes)
+                    w = w - values.spread(r["rhs_zero"], (0, 0, slice(None)), tiles, lanes).astype(wide)
+                w = w * values.spread(r["rhs_scale"], (0, 0, slice(None)), tiles, lanes).astype(wide)
             w = values.zero_past(w, limit, lanes.start, axis=1)
             r["rhs_ready"][:, lanes] = values.narrow(w, plan.rhs_dot)
         return
     for rows, tiles in values.row_groups(plan.block_k, plan.rhs_tile if plan.folds_rhs else 0):
-        w = values.widen(r["rhs"][0, rows, :], p.rhs.codebook)
+        w = values.widen(r["rhs"][0, rows, :], p.rhs.codebook, wide)
         w = values.zero_past(w, limit, rows.start, axis=0)
         for t, lo, hi in tiles:
             part = w[lo - rows.start : hi - rows.start, :]
             if plan.folds_rhs:
                 if p.rhs.zero_point:
-                    part = part - r["rhs_zero"][0, 0, t : t + 1, :]
-                part = part * r["rhs_scale"][0, 0, t : t + 1, :].astype(jnp.float32)
+                    part = part - _row(r["rhs_zero"], t, part)
+                part = part * _row(r["rhs_scale"], t, part)
                 part = values.zero_past(part, limit if p.rhs.zero_point else None, lo, axis=0)
             r["rhs_ready"][lo:hi, :] = values.narrow(part, plan.rhs_dot)
+
+
+def _row(ref: Any, t: int, like: jax.Array) -> jax.Array:
+    """Scales or zero points of tile `t`, repeated over the rows of `like`, in its dtype."""
+    row = ref[0, 0, t : t + 1, :].astype(jnp.float32)
+    return jnp.broadcast_to(row, like.shape).astype(like.dtype)
