@@ -4,7 +4,7 @@
 """
 
 from qwix import ops
-from qwix._src.averaging import SimpleMovingAverage
+from qwix._src.averaging import ExponentialMovingAverage, SimpleMovingAverage
 from qwix._src.core.calibration import HowToQuantize
 from qwix._src.core.conv_general import conv_general_dilated
 from qwix._src.core.dot_general import dot, dot_general
@@ -16,6 +16,7 @@ from qwix._src.core.transposed_qarray import TransposedQArray, transpose_qarray
 from qwix._src.model import quantize_model
 from qwix._src.providers.boxed_param import BoxedParamProvider
 from qwix._src.providers.ptq import PtqProvider
+from qwix._src.providers.qt import QtProvider, QtRule
 from qwix._src.qconfig import QuantizationProvider, QuantizationRule, get_current_rule
 from qwix._src.quantize_params import quantize_params
 from qwix._src.report import Report, report
@@ -26,9 +27,12 @@ from qwix.version import __version__
 
 __all__ = [
     "BoxedParamProvider",
+    "ExponentialMovingAverage",
     "HowToQuantize",
     "PtqProvider",
     "QArray",
+    "QtProvider",
+    "QtRule",
     "QuantStat",
     "QuantizationProvider",
     "QuantizationRule",

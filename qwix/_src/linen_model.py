@@ -15,10 +15,11 @@ import jax
 from flax import traverse_util
 from flax.core import scope as flax_scope
 
-from qwix._src import interception, model_class, op_trace, qconfig
+from qwix._src import interception, model_class, op_trace, qconfig, qt_linen
 from qwix._src.core import qarray
 from qwix._src.model_weights import Discovery, Found
 from qwix._src.providers.boxed_param import BoxedParamProvider, create_quantized_param
+from qwix._src.providers.qt import QtProvider
 from qwix._src.report_records import sqnr_db
 from qwix._src.static_range import StaticScales
 from qwix._src.utils import flax_util
@@ -48,7 +49,9 @@ def call(
     if model.scope is None:
         return plain(model, *args, **kwargs)
     model, args, kwargs = provider.process_model_inputs(model, args, kwargs)
-    if not isinstance(provider, BoxedParamProvider):
+    if isinstance(provider, QtProvider):
+        output = qt_linen.call(provider, plain, model, args, kwargs)
+    elif not isinstance(provider, BoxedParamProvider):
         with qconfig.running(provider), flax_util.linen_root(model):
             output = _intercepted(provider, plain)(model, *args, **kwargs)
     elif model.is_initializing() and not _holds_quantized(model):

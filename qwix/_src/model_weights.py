@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from qwix._src import op_plan, op_trace, qconfig, weight_view
 from qwix._src.core import dot_general, qarray
+from qwix._src.dot_sides import swapped
 from qwix._src.op_plan import OpPlan
 from qwix._src.report_records import OpRecord, device_bytes
 from qwix._src.weight import WeightInfo, WeightTracer
@@ -41,13 +43,21 @@ def op_name(primitive: Any) -> str:
     return OP_NAMES.get(primitive.name, primitive.name)
 
 
+def named_einsum(*args: Any, **kwargs: Any) -> Any:
+    """`jax.numpy.einsum`, whose dots `op_name` recognizes."""
+    with jax.named_scope(EINSUM_SCOPE):
+        return jnp.einsum(*args, **kwargs)
+
+
 class Discovery:
     """The handler of the abstract run. `found` is its result."""
 
-    by_layer = unrolls = False
+    by_layer = unrolls = counts_loops = trains = False
 
     def __init__(self, provider: qconfig.QuantizationProvider):
         self.provider = provider
+        self.emitted: dict[Any, Any] = {}
+        self.params: dict[int, Any] = {}
         self.found: dict[Key, Found] = {}
 
     def bookmark(self) -> Callable[[], None]:
@@ -117,11 +127,18 @@ class Discovery:
 
 
 def make_record(
-    plan: OpPlan, args: Sequence[Any], params: dict[str, Any], how: qarray.HowToQuantize | None
+    plan: OpPlan,
+    args: Sequence[Any],
+    params: dict[str, Any],
+    how: qarray.HowToQuantize | None,
+    *,
+    trains: bool = False,
 ) -> OpRecord:
-    """What a report says of the op. `how` is the weight's, in the param's layout."""
+    """What a report says of the op. `how` is the weight's, in the param's layout; `trains`: the param stays
+    float.
+    """
     weight = None if plan.weight_side is None else args[plan.weight_side]
-    facts = {} if weight is None else _weight_facts(weight, how)
+    facts = {} if weight is None else _weight_facts(weight, None if trains else how)
     quantized_act = next((h.qtype for h in plan.act_hows if h is not None), None)
     return OpRecord(
         path=plan.path,
@@ -132,7 +149,9 @@ def make_record(
         rule=plan.rule,
         how=how if plan.reason is None else None,
         act_qtype=quantized_act,
-        problem=_problem(plan, args, params),
+        problem=_problem(plan, args, params, fuses=not trains),
+        bwd_qtype=getattr(plan.rule, "bwd_qtype", None) if trains and plan.reason is None else None,
+        trains=trains,
         reason=plan.reason,
         dynamic_because=plan.dynamic_because,
         **facts,
@@ -172,14 +191,17 @@ def note_opaque(provider: qconfig.QuantizationProvider, name: str, args: Sequenc
         provider.records.setdefault((path, str(op_id)), record)
 
 
-def _problem(plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> Any:
-    """The matmul that a kernel will be given; None for what isn't one, or stays float."""
+def _problem(plan: OpPlan, args: Sequence[Any], params: dict[str, Any], *, fuses: bool) -> Any:
+    """The matmul that a kernel will be given; None for what isn't one, or stays float.
+
+    `fuses`: the kernel quantizes the activation, if its scale is dynamic.
+    """
     if plan.reason is not None or plan.op not in ("dot_general", "einsum"):
         return None
     sides: list[Any] = [jax.ShapeDtypeStruct(tuple(a.shape), a.dtype) for a in args[:2]]
     dynamic: dict[int, qarray.HowToQuantize] = {}
     for side, how in enumerate(plan.act_hows):
-        if how is not None and plan.weight_side is not None and not plan.is_static:
+        if how is not None and plan.weight_side is not None and not plan.is_static and fuses:
             dynamic[side] = how
         elif how is not None:
             sides[side] = op_plan.quantized_shape(sides[side].shape, sides[side].dtype, how)
@@ -193,9 +215,3 @@ def _problem(plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> Any:
     return dot_general.matmul_problem(
         sides[0], sides[1], dnums, act_how=act_how, preferred_element_type=params["preferred_element_type"]
     )
-
-
-def swapped(dnums: Any) -> Any:
-    """The dimension numbers of the same dot with its sides exchanged."""
-    (lc, rc), (lb, rb) = dnums
-    return (tuple(rc), tuple(lc)), (tuple(rb), tuple(lb))

@@ -21,10 +21,11 @@ import numpy as np
 from flax import nnx
 from flax.nnx import bridge
 
-from qwix._src import interception, model_class, op_trace, qconfig, standard_layers
+from qwix._src import interception, model_class, op_trace, qconfig, qt_nnx, standard_layers
 from qwix._src.core import qarray
 from qwix._src.model_weights import Discovery, Found, Key
 from qwix._src.providers.boxed_param import BoxedParamProvider, create_quantized_param
+from qwix._src.providers.qt import QtProvider
 from qwix._src.report_records import sqnr_db
 from qwix._src.static_range import StaticScales
 from qwix._src.utils import flax_util
@@ -60,12 +61,18 @@ def quantize_nnx_model(
             _warn_of_others(fresh, provider, found)
         convert(fresh, provider, found)
         _change_classes(fresh, provider)
+    elif isinstance(provider, QtProvider):
+        _warn_of_bridges(fresh, provider)
+        qt_nnx.prepare(fresh, provider, methods)
     else:
         object.__setattr__(fresh, "__class__", model_class.make(base, provider, methods, call))
     needs_values = not isinstance(provider, BoxedParamProvider)  # it makes its variables as the model runs
     if run_once and (needs_values or any(rule.act_static_scale for rule in provider._rules)):
         _first_run(fresh, inputs, kwargs, methods, rngs)
-    provider.finish()
+    if run_once or isinstance(provider, BoxedParamProvider):
+        provider.finish()
+    if isinstance(provider, QtProvider):
+        set_attributes(fresh, disable_quant_stats_update=False, qwix_rngs=None)
     return fresh
 
 

@@ -66,7 +66,7 @@ def plan_contraction(
         return _plan_convolution(plan, rule, args, params)
     if op not in ("dot_general", "einsum"):
         return plan.keep_float(f"{op} is not quantized by this provider")
-    hows = [_axes(args, params, side, rule) for side in (0, 1)]
+    hows = [op_axes(args, params, side, rule) for side in (0, 1)]
     if sides:
         return _plan_weight(plan, rule, args, sides[0], hows)
     return _plan_activations(plan, rule, args, params, hows)
@@ -86,16 +86,15 @@ def _plan_convolution(
         return plan.keep_float("the kernel of the convolution is no weight")
     if rule.tile_size:
         return plan.keep_float("convolutions have no tiles; give them a rule of their own, without tile_size")
-    dnums = params["dimension_numbers"]
-    hows = [
-        {
-            "channelwise_axes": conv_general.get_how_to_quantize(
-                dimension_numbers=dnums, for_lhs=side == 0, qtype="int8"
-            ).channelwise_axes
-        }
-        for side in (0, 1)
-    ]
-    return _plan_weight(plan, rule, args, 1, hows)
+    return _plan_weight(plan, rule, args, 1, [conv_axes(params, side, rule) for side in (0, 1)])
+
+
+def conv_axes(params: Mapping[str, Any], side: int, rule: qconfig.QuantizationRule) -> dict[str, Any]:
+    """`op_axes` of a convolution."""
+    how = conv_general.get_how_to_quantize(
+        dimension_numbers=params["dimension_numbers"], for_lhs=side == 0, qtype="int8"
+    )
+    return {"channelwise_axes": () if is_per_tensor(rule) else how.channelwise_axes}
 
 
 def _plan_weight(
@@ -122,10 +121,8 @@ def _plan_activations(
 ) -> OpPlan:
     if rule.act_qtype is None:
         return plan.keep_float("no operand is a weight, and the rule has no act_qtype")
-    (contracted, _), _ = params["dimension_numbers"]
-    length = math.prod(args[0].shape[a] for a in contracted)
-    if length < MIN_ACTIVATION_K:
-        return plan.keep_float(f"an activation-only contraction of {length} < {MIN_ACTIVATION_K} values")
+    if (reason := too_short(args, params)) is not None:
+        return plan.keep_float(reason)
     acts = []
     for arg, kwargs in zip(args, hows, strict=False):
         try:
@@ -137,6 +134,14 @@ def _plan_activations(
             return plan.keep_float(f"activations only, and {error}")
         acts.append(how)
     return dataclasses.replace(plan, act_hows=(acts[0], acts[1]))
+
+
+def too_short(args: Sequence[Any], params: Mapping[str, Any]) -> str | None:
+    """Why a dot of activations isn't worth it, or None."""
+    (contracted, _), _ = params["dimension_numbers"]
+    length = math.prod(args[0].shape[a] for a in contracted)
+    short = length < MIN_ACTIVATION_K
+    return f"an activation-only contraction of {length} < {MIN_ACTIVATION_K} values" if short else None
 
 
 def plan_lookup(provider: qconfig.QuantizationProvider, weight: WeightTracer, row_axis: int) -> OpPlan:
@@ -159,7 +164,7 @@ def plan_lookup(provider: qconfig.QuantizationProvider, weight: WeightTracer, ro
     return dataclasses.replace(plan, weight_how=how)
 
 
-def _axes(
+def op_axes(
     args: Sequence[Any], params: Mapping[str, Any], side: int, rule: qconfig.QuantizationRule
 ) -> dict[str, Any]:
     """Which axes of one side have scales of their own, as arguments of HowToQuantize."""
@@ -170,7 +175,13 @@ def _axes(
         tile_size=rule.tile_size,
         qtype="int8",
     )
-    return {"channelwise_axes": how.channelwise_axes, "tiled_axes": how.tiled_axes}
+    channelwise = () if is_per_tensor(rule) else how.channelwise_axes
+    return {"channelwise_axes": channelwise, "tiled_axes": how.tiled_axes}
+
+
+def is_per_tensor(rule: qconfig.QuantizationRule) -> bool:
+    """Whether channels share scales: a model that was trained by such a rule keeps to it afterwards."""
+    return bool(getattr(rule, "disable_channelwise_axes", False))
 
 
 def _checked(

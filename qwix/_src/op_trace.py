@@ -14,15 +14,16 @@ Invariants
   code still gets concrete arrays.
 - Kernels (`pallas_call`, `pl.kernel`) and `shard_map` are one op each: what's inside them isn't looked at. So
   are functions with custom derivatives, unless they compute with a weight: then their body is evaluated op
-  by op, and has the derivative of what it does.
+  by op, and has the derivative of what it does; a handler that trains keeps the derivative they define.
+- What ops leave behind for after the call (statistics) is returned by the bodies they are in, as any other
+  value is: stacked by scans, once by remat. So it crosses JAX's transformations without side effects.
 - Op counters start again for each evaluation of one program, so an op has one name however often JAX traces
   it.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -30,16 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src import core as jcore
+from jax._src import linear_util as lu
 from jax._src import source_info_util
 from jax._src.interpreters import partial_eval as pe
 
-from qwix._src import weight_view
+from qwix._src import op_search, weight_view
 from qwix._src.weight import WeightInfo, WeightTracer, float_type, materialize, tag_p
-
-# The ops a handler decides about.
-CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
-_JIT = ("jit", "pjit", "closed_call", "core_call")
-_CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 
 # Where an op is: the indices of the scans over layers around it. None: in a loop or a branch, whose ops run
 # any number of times.
@@ -52,10 +49,18 @@ class Handler(Protocol):
     Attributes:
       by_layer: ops are told which layer of a scan they are in.
       unrolls: scans over layers are evaluated one layer after the other, and remat isn't done.
+      counts_loops: ops are told the step of every scan they are in.
+      trains: derivatives matter: functions that define their own keep them.
+      emitted: {key: arrays} that ops leave for after the call; scans over layers stack them.
+      params: {id: (array, whose it is)}: arrays that are weights wherever they turn up.
     """
 
     by_layer: bool
     unrolls: bool
+    counts_loops: bool
+    trains: bool
+    emitted: dict[Any, Any]
+    params: Mapping[int, tuple[Any, WeightInfo]]
 
     def bookmark(self) -> Callable[[], None]:
         """Returns what sets the op counters back to where they are now."""
@@ -81,13 +86,14 @@ class Handler(Protocol):
 class OpTrace(jcore.Trace):
     """The trace that a model runs under. `parent` is the one that was current outside."""
 
-    __slots__ = ("handler", "layer", "parent")
+    __slots__ = ("handler", "layer", "loops", "parent")
 
-    def __init__(self, parent: jcore.Trace, handler: Handler, layer: Layer = ()):
+    def __init__(self, parent: jcore.Trace, handler: Handler, layer: Layer = (), loops: tuple[Any, ...] = ()):
         super().__init__()
         self.parent = parent
         self.handler = handler
         self.layer = layer
+        self.loops = loops  # the step of each scan around the op, if the handler counts them
         # Flax compares these references to forbid mutation across trace levels, and this isn't a level of
         # its own.
         self._weakref: Any = parent._weakref
@@ -97,9 +103,10 @@ class OpTrace(jcore.Trace):
         return self.parent.stage_value(val)
 
     def process_primitive(self, primitive: Any, args: Sequence[Any], params: dict[str, Any], /) -> Any:
+        args = self._recognized(args)
         if primitive is tag_p:
             return self.handler.tagged(self, args, params)
-        if primitive.name in CONTRACTIONS:
+        if primitive.name in op_search.CONTRACTIONS:
             return self.handler.contraction(self, primitive, args, params)
         has_weight = any(isinstance(a, WeightTracer) for a in args)
         if has_weight and weight_view.is_lookup(primitive, args, params):
@@ -110,9 +117,16 @@ class OpTrace(jcore.Trace):
                 return [moved] if primitive.multiple_results else moved
         if rule := _CALLS.get(primitive.name):
             jaxprs = list(jcore.jaxprs_in_params(params))
-            if has_weight or any(_is_interesting(j) for j in jaxprs):
+            if has_weight or any(op_search.is_interesting(j) for j in jaxprs):
                 return rule(self, args, params)
         return self.bind(primitive, args, params)
+
+    def _recognized(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The args, with known arrays as the weights they are."""
+        known = self.handler.params
+        if not any(id(a) in known for a in args):
+            return args
+        return [new_weight(self, *known[id(a)]) if id(a) in known else a for a in args]
 
     def process_custom_jvp_call(self, primitive, fun, jvp, args, /, *, symbolic_zeros):
         params = {"subfuns": (fun, jvp), "symbolic_zeros": symbolic_zeros}
@@ -124,6 +138,7 @@ class OpTrace(jcore.Trace):
 
     def process_shard_map(self, primitive: Any, fun: Any, args: Sequence[Any], /, **params: Any) -> Any:
         inside = _Inside(self.handler)
+        args = self._recognized(args)
 
         def body(*args: Any) -> Any:
             return run(inside, lambda _: fun(*args).map(materialize))
@@ -133,23 +148,50 @@ class OpTrace(jcore.Trace):
             self.handler.opaque(primitive.name, [*args, *inside.weights])
         return out
 
+    def _with_own_vjp(self, primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+        """A function with its own backward pass, which it keeps; its forward pass is evaluated op by op."""
+        fun, fwd, bwd = params["subfuns"]
+        restart = self.handler.bookmark()
+
+        def evaluated(plain: Any, stride: int) -> Any:
+            def call(*new: Any) -> list[Any]:
+                def body(trace: OpTrace) -> list[Any]:
+                    inside = list(new)
+                    for i, arg in enumerate(args):
+                        if isinstance(arg, WeightTracer):
+                            inside[i * stride] = arg.moved_to(trace).with_payload(new[i * stride])
+                    return list(plain.f_transformed(*inside))
+
+                restart()
+                return run(self.handler, body, None, self.loops)
+
+            call_info = (plain.transforms, plain.stores, plain.params, plain.in_type, plain.debug_info)
+            return lu.WrappedFun(plain.f, call, *call_info)
+
+        subfuns = evaluated(fun, 1), evaluated(fwd, 2), bwd  # fwd's args have a flag each
+        return self.bind(primitive, args, params | {"subfuns": subfuns})
+
     def _custom(self, primitive: Any, fun: Any, args: Sequence[Any], params: dict[str, Any]) -> Any:
         """A function with custom derivatives: evaluated op by op if it computes with a weight.
 
         An elementwise function of weights and activations (a norm) stays as it is.
         """
+        args = self._recognized(args)
         with jcore.set_current_trace(self.parent):
             jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(fun, [jcore.typeof(a) for a in args])
         weights = [isinstance(x, WeightTracer) for x in (*consts, *args)]
-        contracts = _is_interesting(jaxpr)
-        if (contracts and (any(weights) or _has_tag(jaxpr))) or (weights and all(weights)):
+        contracts = op_search.is_interesting(jaxpr)
+        computes = contracts and (any(weights) or op_search.has_tag(jaxpr))
+        keeps = self.handler.trains and (primitive.name == "custom_vjp_call" or not contracts)
+        if computes and keeps:
+            _reset(fun)
+            return self._with_own_vjp(primitive, args, params)
+        if computes or (weights and all(weights) and not keeps):
             with jcore.set_current_trace(self):
                 return list(jcore.eval_jaxpr(jaxpr, consts, *args))
         if contracts:
             self.handler.opaque(primitive.name, args)
-        for store in fun.stores:  # `fun` has been called, and will be again
-            if store is not None:
-                store.reset()
+        _reset(fun)
         return self.bind(primitive, args, params)
 
     def bind(self, primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> Any:
@@ -166,10 +208,12 @@ class OpTrace(jcore.Trace):
 class _Inside:
     """The handler of what stays as it is: weights from outside are floats there."""
 
-    by_layer = unrolls = False
+    by_layer = unrolls = counts_loops = trains = False
 
     def __init__(self, outer: Handler):
         self.bookmark = outer.bookmark
+        self.emitted: dict[Any, Any] = {}
+        self.params = outer.params
         self.contracts = False
         self.weights: list[WeightTracer] = []
 
@@ -187,10 +231,19 @@ class _Inside:
         self.contracts = True
 
 
-def run(handler: Handler, fn: Callable[[OpTrace], Any], layer: Layer = ()) -> Any:
+def _reset(fun: Any) -> None:
+    """`fun` has been called, and will be again."""
+    for store in fun.stores:
+        if store is not None:
+            store.reset()
+
+
+def run(
+    handler: Handler, fn: Callable[[OpTrace], Any], layer: Layer = (), loops: tuple[Any, ...] = ()
+) -> Any:
     """Calls `fn` under a new OpTrace; weights among the leaves of its result come back as float arrays."""
     with jcore.take_current_trace() as parent:
-        trace = OpTrace(parent, handler, layer)
+        trace = OpTrace(parent, handler, layer, loops)
         with jcore.set_current_trace(trace):
             out = fn(trace)
             if any(isinstance(x, WeightTracer) for x in jax.tree.leaves(out)):
@@ -207,7 +260,7 @@ def new_weight(trace: OpTrace, payload: Any, info: WeightInfo) -> WeightTracer:
 def tagged_weight(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> WeightTracer:
     """What `tag` gives under this trace. A weight that's tagged again stays the weight it is."""
     if isinstance(args[0], WeightTracer):
-        return args[0]
+        return args[0].as_mapped() if params["info"].mapped else args[0]
     return new_weight(trace, jax.tree.unflatten(params["treedef"], args), params["info"])
 
 
@@ -220,20 +273,25 @@ def _evaluate(jaxpr: jcore.Jaxpr, args: Sequence[Any]) -> list[Any]:
     return list(jcore.eval_jaxpr(jaxpr, jaxpr.consts, *args))
 
 
-def _body(trace: OpTrace, jaxpr: jcore.Jaxpr) -> Callable[..., list[Any]]:
+def _body(trace: OpTrace, jaxpr: jcore.Jaxpr) -> Callable[..., tuple[list[Any], dict[Any, Any]]]:
     """What evaluates a body inside another JAX transformation, which has a trace of its own.
 
-    Called with the args of the body and the layer it's in.
+    Called with the args of the body, the layer it's in and the step of the loop; returns its results and what
+    its ops emit.
     """
     handler, restart = trace.handler, trace.handler.bookmark()
 
-    def evaluate(args: Sequence[Any], layer: Layer) -> list[Any]:
+    def evaluate(args: Sequence[Any], layer: Layer, *step: Any) -> tuple[list[Any], dict[Any, Any]]:
         def body(inner: OpTrace) -> list[Any]:
             moved = [a.moved_to(inner) if isinstance(a, WeightTracer) else a for a in args]
             return _evaluate(jaxpr, moved)
 
         restart()
-        return run(handler, body, layer)
+        outer, handler.emitted = handler.emitted, {}
+        try:
+            return run(handler, body, layer, (*trace.loops, *step)), handler.emitted
+        finally:
+            handler.emitted = outer
 
     return evaluate
 
@@ -266,7 +324,9 @@ def _remat(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> list[
     body = jax.checkpoint(
         lambda *new: evaluate(join(new), trace.layer), prevent_cse=prevent_cse, policy=params["policy"]
     )
-    return trace.outside(body, *plain)
+    outs, emitted = trace.outside(body, *plain)
+    trace.handler.emitted.update(emitted)
+    return outs
 
 
 def _scan(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
@@ -276,21 +336,25 @@ def _scan(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> list[A
     rows = [x.row() if isinstance(x, WeightTracer) else None for x in stacked]
     leaves = [x.payload if isinstance(x, WeightTracer) else x for x in stacked]
     evaluate = _body(trace, params["jaxpr"])
-    layered = trace.handler.by_layer and _scans_weights(params["jaxpr"], len(consts) + len(carry), xs)
+    counted = trace.handler.counts_loops
+    layered = trace.handler.by_layer and op_search.scans_weights(
+        params["jaxpr"], len(consts) + len(carry), xs
+    )
 
     def body(carry: list[Any], step: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
         index, leaves = step
         row = [leaf if r is None else r.with_payload(leaf) for r, leaf in zip(rows, leaves, strict=True)]
         layer = (*trace.layer, index) if layered and trace.layer is not None else None
-        outs = evaluate([*consts, *carry, *row], layer)
-        return outs[: len(carry)], outs[len(carry) :]
+        outs, emitted = evaluate([*consts, *carry, *row], layer, *([index] if counted else []))
+        return outs[: len(carry)], (outs[len(carry) :], emitted)
 
     options = {k: params[k] for k in ("length", "reverse", "unroll")}
     if layered and trace.handler.unrolls and params["length"]:
-        carry, ys = trace.outside(_unrolled, body, carry, leaves, **options)
+        carry, (ys, emitted) = trace.outside(_unrolled, body, carry, leaves, **options)
     else:
-        indices = np.arange(params["length"], dtype=np.int32) if layered else None
-        carry, ys = trace.outside(lax.scan, body, carry, (indices, leaves), **options)
+        indices = np.arange(params["length"], dtype=np.int32) if layered or counted else None
+        carry, (ys, emitted) = trace.outside(lax.scan, body, carry, (indices, leaves), **options)
+    trace.handler.emitted.update(emitted)
     return [*carry, *ys]
 
 
@@ -308,7 +372,7 @@ def _unrolled(
 def _cond(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
     plain, join = _split(args[1:])
     bodies = [_body(trace, jaxpr) for jaxpr in params["branches"]]
-    branches = [lambda *new, evaluate=evaluate: evaluate(join(new), None) for evaluate in bodies]
+    branches = [lambda *new, evaluate=evaluate: evaluate(join(new), None)[0] for evaluate in bodies]
     return trace.outside(lax.switch, materialize(args[0]), branches, *plain)
 
 
@@ -318,57 +382,15 @@ def _while(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> list[
     condition, body = _body(trace, params["cond_jaxpr"]), _body(trace, params["body_jaxpr"])
     return trace.outside(
         lax.while_loop,
-        lambda c: condition([*cond_consts, *c], None)[0],
-        lambda c: body([*body_consts, *c], None),
+        lambda c: condition([*cond_consts, *c], None)[0][0],
+        lambda c: body([*body_consts, *c], None)[0],
         [materialize(c) for c in init],
     )
 
 
-_CALLS = dict.fromkeys(_JIT, _call) | {"remat2": _remat, "scan": _scan, "cond": _cond, "while": _while}
-_INSIDE = (*_CALLS, *_CUSTOM, "shard_map")
-_INTERESTING: weakref.WeakKeyDictionary[jcore.Jaxpr, bool] = weakref.WeakKeyDictionary()
-
-
-def _is_interesting(jaxpr: jcore.Jaxpr) -> bool:
-    """Whether a handler would want to see inside. Kernels and the like count as empty."""
-    found = _INTERESTING.get(jaxpr)
-    if found is None:
-        found = any(
-            eqn.primitive is tag_p
-            or eqn.primitive.name in CONTRACTIONS
-            or (eqn.primitive.name in _INSIDE and any(map(_is_interesting, _jaxprs(eqn))))
-            for eqn in jaxpr.eqns
-        )
-        _INTERESTING[jaxpr] = found
-    return found
-
-
-def _jaxprs(eqn: jcore.JaxprEqn) -> list[jcore.Jaxpr]:
-    return list(jcore.jaxprs_in_params(eqn.params))
-
-
-def _has_tag(jaxpr: jcore.Jaxpr) -> bool:
-    return any(eqn.primitive is tag_p or any(map(_has_tag, _jaxprs(eqn))) for eqn in jaxpr.eqns)
-
-
-def _scans_weights(jaxpr: jcore.Jaxpr, start: int, xs: Sequence[Any]) -> bool:
-    """Whether a scan's body gets weights from the xs, which are its args from `start` on."""
-    if any(isinstance(x, WeightTracer) for x in xs):
-        return True
-    return _tags(jaxpr, [i >= start for i in range(len(jaxpr.invars))])
-
-
-def _tags(jaxpr: jcore.Jaxpr, given: Sequence[bool]) -> bool:
-    """Whether something made of the given inputs is marked as a weight."""
-    known = {v for v, g in zip(jaxpr.invars, given, strict=True) if g}
-    for eqn in jaxpr.eqns:
-        flags = [not isinstance(v, jcore.Literal) and v in known for v in eqn.invars]
-        if not any(flags):
-            continue
-        if eqn.primitive is tag_p:
-            return True
-        for inner in _jaxprs(eqn) if eqn.primitive.name in _INSIDE else ():
-            if _tags(inner, flags[len(flags) - len(inner.invars) :]):
-                return True
-        known.update(eqn.outvars)
-    return False
+_CALLS = dict.fromkeys(op_search.JIT, _call) | {
+    "remat2": _remat,
+    "scan": _scan,
+    "cond": _cond,
+    "while": _while,
+}

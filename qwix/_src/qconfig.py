@@ -73,12 +73,12 @@ class QuantizationRule:
         object.__setattr__(self, "op_names", names)
         object.__setattr__(self, "act_batch_axes", tuple(self.act_batch_axes))
         for field in ("weight_qtype", "act_qtype"):
-            _check_field(field, getattr(self, field), numerics.canonical_qtype)
+            check_field(field, getattr(self, field), numerics.canonical_qtype)
         for field in ("weight_calibration_method", "act_calibration_method"):
-            _check_field(field, getattr(self, field), calibration.parse_method)
+            check_field(field, getattr(self, field), calibration.parse_method)
         if isinstance(self.tile_size, Mapping):
             object.__setattr__(self, "tile_size", FrozenDict(self.tile_size))  # hashable
-        _check_tile_size(self.tile_size)
+        check_tile_size(self.tile_size)
 
 
 def _check_path(pattern: str) -> None:
@@ -93,7 +93,8 @@ def _check_path(pattern: str) -> None:
         ) from error
 
 
-def _check_field(field: str, value: Any, check: Callable[[Any], Any]) -> None:
+def check_field(field: str, value: Any, check: Callable[[Any], Any]) -> None:
+    """Raises what `check(value)` does, with the field's name."""
     if value is None:
         return
     try:
@@ -102,16 +103,17 @@ def _check_field(field: str, value: Any, check: Callable[[Any], Any]) -> None:
         raise type(error)(f"{field}: {error}") from error
 
 
-def _check_tile_size(tile_size: TileSize | None) -> None:
+def check_tile_size(tile_size: TileSize | None, name: str = "tile_size") -> None:
+    """Raises if this could never be a tile size."""
     sizes = tile_size.values() if isinstance(tile_size, Mapping) else [tile_size]
     for size in sizes:
         if size is None:
             continue
         if isinstance(size, bool) or not isinstance(size, int | float):
-            raise TypeError(f"tile_size must be a number or {{axis: number}}, got {tile_size!r}.")
+            raise TypeError(f"{name} must be a number or {{axis: number}}, got {tile_size!r}.")
         if size <= 0 or (isinstance(size, float) and size > 1):
             raise ValueError(
-                f"tile_size must be a positive count, or as a float a fraction up to 1.0; got {tile_size!r}."
+                f"{name} must be a positive count, or as a float a fraction up to 1.0; got {tile_size!r}."
             )
 
 

@@ -38,6 +38,8 @@ class OpRecord:
     act_qtype: Any = None  # of the activation, None when it stays float
     problem: MatmulProblem | None = None  # None: not one matmul (lookup, convolution, float op)
     reason: str | None = None
+    trains: bool = False  # quantized for training: the weight itself is stored as float
+    bwd_qtype: Any = None  # of incoming gradients, None when they stay float
     dynamic_because: str | None = None  # why the activation has no static scale, though the rule says so
     device_bytes_before: int = 0  # of the float weight
     device_bytes_after: int = 0  # of its values, scales and zero points

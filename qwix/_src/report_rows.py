@@ -111,10 +111,10 @@ def _schema(record: OpRecord) -> str:
 def _scheme(record: OpRecord) -> str | None:
     if not record.is_quantized:
         return None
-    if record.problem is not None:
-        return record.problem.scheme
     weight = _name(record.how.qtype if record.how is not None else record.weight_dtype)
-    return weight if record.act_qtype is None else f"{weight}, activations {_name(record.act_qtype)}"
+    text = weight if record.act_qtype is None else f"{weight}, activations {_name(record.act_qtype)}"
+    text = record.problem.scheme if record.problem is not None else text
+    return text if record.bwd_qtype is None else f"{text}, gradients {_name(record.bwd_qtype)}"
 
 
 def _name(qtype: Any) -> str:

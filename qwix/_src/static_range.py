@@ -21,8 +21,16 @@ Params = tuple[jax.Array, jax.Array | None]  # scale and zero point
 
 def calibrated_act(x: jax.Array, how: qarray.HowToQuantize, rule: qconfig.QuantizationRule) -> Params:
     """Scale and zero point of one input, with the statistics averaged over the rule's batch axes."""
-    calibration = qarray.calibrate(x, static_how(how, rule, x.ndim))
-    return from_calibration(averaged(calibration, rule), how)
+    return from_calibration(act_statistics(x, how, rule), how)
+
+
+def act_statistics(
+    x: jax.Array, how: qarray.HowToQuantize, rule: qconfig.QuantizationRule
+) -> dict[str, jax.Array]:
+    """The statistics of one input, averaged over the rule's batch axes: of a shape that doesn't depend on the
+    batch.
+    """
+    return averaged(qarray.calibrate(x, static_how(how, rule, x.ndim)), rule)
 
 
 def static_how(how: qarray.HowToQuantize, rule: qconfig.QuantizationRule, ndim: int) -> qarray.HowToQuantize:

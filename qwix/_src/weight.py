@@ -91,6 +91,11 @@ class WeightTracer(jcore.Tracer):
         aval = jcore.ShapedArray(tuple(shape), dtype or self.aval.dtype)
         return WeightTracer(self._trace, aval, payload, self.info, self.steps + ((step,) if step else ()))
 
+    def as_mapped(self) -> WeightTracer:
+        """Known to be several weights."""
+        info = dataclasses.replace(self.info, mapped=True)
+        return WeightTracer(self._trace, self.aval, self.payload, info, self.steps)
+
     def scanned(self) -> Any:
         """Ready to be cut along axis 0: itself, or the float array when its scales can't be cut."""
         leaves = jax.tree.leaves(self.payload)

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from qwix._src import op_plan, op_trace, qconfig, weight_view
 from qwix._src.core import conv_general, dot_general, qarray
-from qwix._src.model_weights import EINSUM_SCOPE, make_record, note_opaque, op_name, swapped
+from qwix._src.dot_sides import result_dtype, swap_back, swapped, swapped_precision
+from qwix._src.model_weights import make_record, named_einsum, note_opaque, op_name
 from qwix._src.op_plan import OpPlan
 from qwix._src.quantize_params import with_scale_shape
 from qwix._src.static_range import StaticScales, calibrated_act
@@ -59,7 +59,7 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
 
     def get_intercept_map(self) -> dict[str, Callable[..., Any]]:
         """Einsums are named; all else is seen by its primitives."""
-        return {"jax.numpy.einsum": _named_einsum}
+        return {"jax.numpy.einsum": named_einsum}
 
     def finish(self) -> None:
         super().finish()
@@ -75,16 +75,15 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         return Executor(self, scales, strict=strict)
 
 
-def _named_einsum(*args: Any, **kwargs: Any) -> Any:
-    with jax.named_scope(EINSUM_SCOPE):
-        return jnp.einsum(*args, **kwargs)
-
-
 class Executor:
     """The handler of a quantized model's call."""
 
+    counts_loops = trains = False
+
     def __init__(self, provider: BoxedParamProvider, scales: StaticScales, *, strict: bool):
         self.provider = provider
+        self.emitted: dict[Any, Any] = {}
+        self.params: dict[int, Any] = {}
         self.scales = scales
         self.strict = strict
         self.by_layer = any(rule.act_static_scale for rule in provider._rules)
@@ -193,7 +192,7 @@ class Executor:
         operands, act_how = self._operands(plan, args, layer, fuse=True)
         dnums, sharding, back = params["dimension_numbers"], params.get("out_sharding"), None
         if plan.weight_side == 0 and sharding is None:
-            back = _swap_back(dnums, args)
+            back = swap_back(dnums, args)
             operands, dnums = operands[::-1], swapped(dnums)
         elif plan.weight_side == 0 and act_how is not None:
             operands[1], act_how = self.provider._qarray.quantize(operands[1], act_how), None
@@ -201,8 +200,8 @@ class Executor:
         out = self.provider._dot_general_fn(
             *operands,
             dnums,
-            precision=_swapped_precision(params["precision"]) if back else params["precision"],
-            preferred_element_type=_result_dtype(args, params),
+            precision=swapped_precision(params["precision"]) if back else params["precision"],
+            preferred_element_type=result_dtype(args, params),
             out_sharding=sharding,
             **kwargs,
         )
@@ -213,7 +212,7 @@ class Executor:
     ) -> jax.Array:
         """A convolution in the parent trace."""
         operands, _ = self._operands(plan, args, layer, fuse=False)
-        options = params | {"preferred_element_type": _result_dtype(args, params)}
+        options = params | {"preferred_element_type": result_dtype(args, params)}
         return self.provider._conv_general_dilated_fn(*operands, **options)
 
     def _static(
@@ -226,25 +225,6 @@ class Executor:
     ) -> qarray.QArray:
         scale, zero_point = self.scales.get(*where, lambda: calibrated_act(x, how, rule), how, layer)
         return self.provider._qarray.quantize_with_scale_zero_point(x, how.qtype, scale, zero_point)
-
-
-def _result_dtype(args: Sequence[Any], params: dict[str, Any]) -> Any:
-    preferred = params["preferred_element_type"]
-    return jnp.result_type(*(a.dtype for a in args)) if preferred is None else preferred
-
-
-def _swapped_precision(precision: Any) -> Any:
-    return precision[::-1] if isinstance(precision, tuple) else precision
-
-
-def _swap_back(dnums: Any, args: Sequence[Any]) -> tuple[int, ...]:
-    """The transpose that puts the free axes of the left operand in front again."""
-    (left, right), (batch, _) = dnums
-    free_left = args[0].ndim - len(left) - len(batch)
-    free_right = args[1].ndim - len(right) - len(batch)
-    start = len(batch)
-    lefts = range(start + free_right, start + free_right + free_left)
-    return (*range(start), *lefts, *range(start, start + free_right))
 
 
 def create_quantized_param(

@@ -1,0 +1,73 @@
+"""Training quantized models: quantization in the forward pass only (QAT), or of gradients, too (QT)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qwix._src import qconfig, qt_sparsity
+from qwix._src.model_weights import named_einsum
+from qwix._src.qt_rule import QtRule, as_qt_rule
+
+__all__ = ["QtProvider", "QtRule"]
+
+
+class QtProvider(qconfig.QuantizationProvider):
+    """Trains a model as its rules say. Its weights stay float params, so checkpoints are those of the float
+    model; ops quantize them, and their activations, each time.
+
+    Args:
+      rules: in order; the first that matches an op's module path and name decides about it. Plain
+        `QuantizationRule`s compute gradients in float.
+      disable_jit: run the model under `jax.disable_jit()`.
+
+    Raises:
+      TypeError: rules of another kind.
+
+    >>> import jax, jax.numpy as jnp, qwix
+    >>> from flax import nnx
+    >>> rule = qwix.QtRule(weight_qtype="int8", act_qtype="int8", bwd_qtype="int8")
+    >>> model, x = nnx.Linear(64, 8, rngs=nnx.Rngs(0)), jnp.ones((1, 64))
+    >>> model = qwix.quantize_model(model, QtProvider([rule]), x)
+    >>> nnx.grad(lambda model: model(x).sum())(model).kernel.shape
+    (64, 8)
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[qconfig.QuantizationRule] | qconfig.QuantizationRule,
+        *,
+        disable_jit: bool = False,
+    ):
+        super().__init__(rules, disable_jit=disable_jit)
+
+    def _init_rule(self, rule: qconfig.QuantizationRule) -> QtRule:
+        return as_qt_rule(super()._init_rule(as_qt_rule(rule)))
+
+    def get_intercept_map(self) -> dict[str, Callable[..., Any]]:
+        """Einsums are named; all else is seen by its primitives."""
+        return {"jax.numpy.einsum": named_einsum}
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether ops have states: statistics of static scales, masks of a sparsity curriculum."""
+        return any(
+            rule.act_static_scale or qt_sparsity.has_curriculum(rule.sparsity_rule) for rule in self.rules
+        )
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether gradients are rounded at random."""
+        return any(rule.bwd_stochastic_rounding is not None for rule in self.rules)
+
+    @property
+    def rules(self) -> Sequence[QtRule]:
+        """The rules, as rules of training with their defaults filled in."""
+        return [as_qt_rule(rule) for rule in self._rules]
+
+    def finish(self) -> None:
+        super().finish()
+        if self._rules and not any(record.is_quantized for record in self.records.values()):
+            self._warn_once(
+                f"No op of the model was quantized. `qwix.report` says why for each. {self._hint(None)}"
+            )
