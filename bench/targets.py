@@ -14,8 +14,9 @@
                                     spills     register fills and spills are not what binds
                                     price      there is one
 
-A miss is a number: how many times the limit the value is. `misses` finds them; misses.py holds them against
-the list of those that are known.
+Cells whose floor is under SMALL_US are a class of their own in the list of known misses ("prefill small"):
+what a program takes besides its kernel weighs there. A miss is a number: how many times the limit the value
+is. `misses` finds them; misses.py holds them against the list of those that are known.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from bench import reference_figures, shapes
 
 PREFILL, PREFILL_MEAN, DECODE, BATCH = 1.25, 1.15, 1.05, 1.25
 SPEEDUP, DYNAMIC = 3.0, 1.10
+SMALL_US = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,12 @@ def rows_of(m: int) -> str:
     ['decode', 'decode', 'batch', 'other', 'prefill']
     """
     return "decode" if m <= 32 else "batch" if m <= 64 else "prefill" if m >= 512 else "other"
+
+
+def class_of(answer: dict[str, Any]) -> str:
+    """The class that a miss is listed under: that of the rows, with a word for small problems."""
+    small = "error" not in answer and answer["floor_us"] < SMALL_US
+    return rows_of(answer["m"]) + " small" * small
 
 
 def name_of(answer: dict[str, Any]) -> str:
@@ -125,7 +133,7 @@ def _of_chip(chip: str, answers: list[dict[str, Any]]) -> Iterator[Miss]:
 
 
 def _miss(a: dict[str, Any], target: str, excess: float, why: str) -> Miss:
-    return Miss(a["chip"], a["scheme"], rows_of(a["m"]), target, excess, name_of(a), why)
+    return Miss(a["chip"], a["scheme"], class_of(a), target, excess, name_of(a), why)
 
 
 def _is_sub_channel(a: dict[str, Any]) -> bool:
@@ -135,7 +143,7 @@ def _is_sub_channel(a: dict[str, Any]) -> bool:
 def binding(a: dict[str, Any]) -> str:
     """What an answer's longest kernel waits for, in words."""
     if a["binds"] == "XLA":
-        return "no kernel: XLA's ops"
+        return "XLA's ops bind"
     slots = a["units"].get(a["binds"])
     what = {"HBM": "HBM binds", "MXU": "the matrix units bind"}.get(a["binds"], f"{a['binds']} slots bind")
     if a["binds"] in ("HBM", "MXU"):

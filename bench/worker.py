@@ -116,7 +116,7 @@ def _times(cost: tpu_compile.ProgramCost) -> dict[str, Any]:
 
 
 def _use(cost: tpu_compile.ProgramCost) -> dict[str, Any]:
-    """What the longest kernel keeps busy, and what binds it: HBM, the matrix units or a kind of slot."""
+    """What the longest kernel keeps busy, and what binds: XLA's ops, HBM, the matrix units or some slots."""
     kernel = max(cost.kernels, key=lambda op: op.static_us, default=None)
     if kernel is None:
         return {"units": {}, "mxu_busy": 0.0, "spills": 0.0, "binds": "XLA"}
@@ -126,6 +126,8 @@ def _use(cost: tpu_compile.ProgramCost) -> dict[str, Any]:
     binds = busiest if slots.get(busiest, 0.0) > kernel.mxu_busy else "MXU"
     if kernel.memory_us >= kernel.compute_us:
         binds = "HBM"
+    if 2 * kernel.static_us < cost.static_us:
+        binds = "XLA"
     return {"units": units, "mxu_busy": round(kernel.mxu_busy, 4), "spills": kernel.spills, "binds": binds}
 
 
