@@ -18,9 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwix_kernels.chips import Chip
 from qwix_kernels.matmul import tpu_kernel
+from qwix_kernels.matmul.elementwise import row_scale
 from qwix_kernels.matmul.tpu_estimate import check, estimate, heuristic_config
 from qwix_kernels.matmul.tpu_plan import LANES, Config, Plan, resolve
-from qwix_kernels.matmul.tpu_values import row_scale
 from qwix_kernels.problem import NO_EXTRAS, Extras, MatmulProblem, Tensor, dtype_bits
 
 __all__ = ["Config", "check", "estimate", "heuristic_config", "run"]
@@ -161,11 +161,17 @@ def _wide(zero: jax.Array) -> jax.Array:
 
 
 def _lhs_side(plan: Plan, name: str, x: jax.Array) -> tuple[str, jax.Array, pl.BlockSpec]:
-    """[batch, M', K'] scales or zero points as [batch, K blocks, M, tiles of a block]."""
+    """[batch, M', K'] scales or zero points as [batch, K blocks, M, tiles of a block].
+
+    One row of scales that was given for all rows that are quantized stays one.
+    """
     p = plan.problem
-    x = _by_block(plan, _expand(_expand(x, 1, p.m), 0, p.lhs.batch), plan.lhs_tile, axis=2)
-    block = (1, 1, plan.block_m, x.shape[3])
-    return name, x, pl.BlockSpec(block, lambda b, i, j, k: (_or_0(x, 0, b), _or_0(x, 1, k), i, 0))
+    if p.quantize_lhs is None:
+        x = _expand(x, 1, p.m)
+    x = _by_block(plan, _expand(x, 0, p.lhs.batch), plan.lhs_tile, axis=2)
+    rows = plan.block_m if x.shape[2] > 1 or p.quantize_lhs is None else 1
+    index = lambda b, i, j, k: (_or_0(x, 0, b), _or_0(x, 1, k), i if rows > 1 else 0, 0)
+    return name, x, pl.BlockSpec((1, 1, rows, x.shape[3]), index)
 
 
 def _rhs_side(plan: Plan, name: str, x: jax.Array) -> tuple[str, jax.Array, pl.BlockSpec]:

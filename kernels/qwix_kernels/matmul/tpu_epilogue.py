@@ -36,7 +36,7 @@ def lhs_scale(plan: Plan, r: Refs, step: Any, rows: Any, t: int) -> jax.Array:
         return values.tile_lanes(r["row_scale"][step, t, rows, :], plan.block_n)
     if plan.problem.quantize_lhs is not None and not plan.rows_given:
         return r["row_scale"][step, rows, t : t + 1]
-    return r["lhs_scale"][0, 0, rows, t : t + 1].astype(jnp.float32)
+    return r["lhs_scale"][0, 0, values.given_rows(r["lhs_scale"], rows), t : t + 1].astype(jnp.float32)
 
 
 def finish(plan: Plan, r: Refs, rows: Any, sums: list[jax.Array]) -> None:
@@ -79,12 +79,12 @@ def _store_quantized(plan: Plan, r: Refs, rows: Any, z: jax.Array) -> None:
         given = r["out_scale"][0, rows if r["out_scale"].shape[1] > 1 else slice(None), :]
         whole = 1.0 / given.astype(jnp.float32)
     elif not plan.out_tile:
-        scale = values.row_scale(values.row_absmax([z[:, lanes] for lanes, _ in groups]), q)
+        scale = elementwise.row_scale(values.row_absmax([z[:, lanes] for lanes, _ in groups]), q)
         r["out_scales"][0, 0, rows, :] = scale
         whole = 1.0 / scale
     for lanes, tiles in groups:
         if whole is None:
-            scale = values.row_scale(values.row_absmax([z[:, lanes]]), q)
+            scale = elementwise.row_scale(values.row_absmax([z[:, lanes]]), q)
             t = tiles[0][0]
             r["out_scales"][0, 0, rows, t : t + 1] = scale
             factor = 1.0 / scale

@@ -76,12 +76,10 @@ def check(problem: MatmulProblem, chip: Chip) -> None:
             refuse("has no zero points with a codebook")
         if k_tile(x, p.k) % MIN_TILE:
             refuse(f"takes K tiles of multiples of {MIN_TILE}, not {x.tile_k} ({name})")
-    if p.norm:
-        refuse("does not normalise rows")
+    if p.norm and (p.lhs.is_quantized or p.norm.weight_dtype not in _SCALES):
+        refuse(f"normalises plain rows, by weights in {' or '.join(_SCALES)}, not {p.norm.weight_dtype}")
     if p.epilogue and (reason := _epilogue_refused(p.epilogue, p.n)):
         refuse(reason)
-    if p.quantize_lhs and (p.quantize_lhs.static or p.quantize_lhs.scale_dtype != "float32"):
-        refuse(f"quantizes rows dynamically, by float32 scales, not as {p.quantize_lhs}")
     if p.out_dtype not in _OUT and not (p.epilogue and p.epilogue.quantize):
         refuse(f"gives {', '.join(_OUT)}, not {p.out_dtype}")
     if p.precision not in (None, "default") and any(d in ("float32", "bfloat16") for d in stored(p)):
@@ -97,7 +95,9 @@ def check(problem: MatmulProblem, chip: Chip) -> None:
     if _exact_run(p) < min([t for t in (k_tile(p.lhs, p.k), k_tile(p.rhs, p.k)) if t], default=p.k):
         refuse(f"adds up integer products in int32, which is sure to hold {_exact_run(p)} of them")
     if not any(True for _ in _fitting(p, chip)):
-        refuse("finds no blocks that fit its VMEM")
+        refuse(
+            "finds no blocks that fit its VMEM" + " and hold whole rows to normalise" * (p.norm is not None)
+        )
 
 
 def _epilogue_refused(e: Epilogue, n: int) -> str:
@@ -305,7 +305,7 @@ def _memory_us(plan: Plan, chip: Chip) -> float:
     lhs = cost.operand_bytes(p.lhs, p.k) * (p.batch // p.lhs.batch if rows > 1 or steps > 1 else 1)
     if steps > 1 and (not plan.prepare_lhs or plan.megacore_rows):
         lhs *= columns
-    if plan.rows_given:
+    if plan.rows_given and p.quantize_lhs and not p.quantize_lhs.static:
         lhs += cost.operand_bytes(p.lhs, p.k)
     again = rows if columns > 1 or steps > 1 else 1
     rhs = cost.operand_bytes(p.rhs, p.k) * again * (p.batch // p.rhs.batch) * p.products

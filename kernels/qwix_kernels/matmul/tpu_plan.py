@@ -78,7 +78,7 @@ class Plan:
     prepare_lhs: bool  # rewritten into VMEM once per row block, reused by every column block
     prepare_rhs: bool  # rewritten into VMEM in every step
     integer: bool  # accumulates in int32
-    rows_given: bool  # row scales of `quantize_lhs` come from outside: the row does not fit one block
+    rows_given: bool  # scales of `quantize_lhs` come from outside: static, or the row does not fit one block
     bf16_math: bool  # weights are scaled in bfloat16, two to a lane, where the vector unit does that
     megacore_rows: bool  # prepare the lhs in every step, so that the column blocks may run on both cores
 
@@ -253,6 +253,8 @@ def resolve(problem: MatmulProblem, chip: Chip, config: Config) -> Plan:
     lhs_dot, rhs_dot = dot_dtypes(p, chip, config.strategy)
     _check_blocks(p, config, tiles, row_step(lhs_dot))
     _check_out_tiles(p, config)
+    if p.norm and config.block_k < p.k:
+        raise NotImplementedError(f"rows are normalised where the whole K is in one block, got {config}")
     chunk = min(config.block_k, _exact_chunk(p, lhs_dot))
     if config.strategy == "after":
         chunk = _after_chunk(p, tiles, chunk)
@@ -268,12 +270,12 @@ def resolve(problem: MatmulProblem, chip: Chip, config: Config) -> Plan:
         lhs_dot=lhs_dot,
         rhs_dot=rhs_dot,
         chunk=chunk,
-        prepare_lhs=k_tail or lhs != lhs_dot or p.quantize_lhs is not None,
+        prepare_lhs=k_tail or lhs != lhs_dot or p.quantize_lhs is not None or p.norm is not None,
         prepare_rhs=k_tail
         or rhs == "nf4"
         or (zero_in_place and (p.rhs.zero_point or k_tile(p.rhs, p.k) > 0)),
         integer=is_integer_problem(p) and config.strategy == "once",
-        rows_given=p.quantize_lhs is not None and not _row_tile(p) and config.block_k < p.k,
+        rows_given=_rows_given(p, config),
         bf16_math=chip.bf16_math,
         megacore_rows=chip.name == "v5p" and p.batch * pl_cdiv(p.m, config.block_m) < chip.cores,
     )
@@ -288,6 +290,12 @@ def resolve(problem: MatmulProblem, chip: Chip, config: Config) -> Plan:
 
 def _row_tile(p: MatmulProblem) -> int:
     return p.quantize_lhs.tile_k % p.k if p.quantize_lhs else 0
+
+
+def _rows_given(p: MatmulProblem, config: Config) -> bool:
+    if p.quantize_lhs is None:
+        return False
+    return p.quantize_lhs.static or (not _row_tile(p) and config.block_k < p.k)
 
 
 def _after_chunk(p: MatmulProblem, tiles: list[int], exact: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 from qwix_kernels.matmul.tpu_plan import LANES, pl_cdiv
 from qwix_kernels.problem import CODEBOOKS, RowQuantize
@@ -112,14 +113,10 @@ def on_grid(x: jax.Array, dtype: str) -> jax.Array:
     Where that dtype is not native, a cast there and back takes twice the operations.
     """
     info = jnp.finfo(dtype)
-    cut = 23 - info.nmant
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    odd = (bits >> cut) & 1
-    bits = (bits + ((1 << (cut - 1)) - 1) + odd) & -(1 << cut)
-    normal = lax.bitcast_convert_type(bits, jnp.float32)
-    # Adding a number whose last place is the smallest subnormal rounds to multiples of that.
-    shift = jnp.float32(1.5 * 2.0**23 * float(info.smallest_subnormal))
-    return jnp.where(jnp.abs(x) < jnp.float32(info.smallest_normal), (x + shift) - shift, normal)
+    size = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000, jnp.float32)
+    # The last place of x plus this is the last place of the dtype's value next to x.
+    shift = jnp.maximum(size, jnp.float32(info.smallest_normal)) * jnp.float32(1.5 * 2.0 ** (23 - info.nmant))
+    return (x + shift) - shift
 
 
 def zero_past(x: jax.Array, limit: jax.Array | None, start: int, axis: int) -> jax.Array:
@@ -155,39 +152,94 @@ def spread(ref: Any, at: tuple, tiles: list[tuple[int, int, int]], lanes: slice)
     return select_lanes(columns, tiles, lanes)
 
 
+def given_rows(ref: Any, at: Any) -> Any:
+    """Rows `at` of scales that were given by row, or the only one where one row of scales serves all."""
+    return at if ref.shape[2] > 1 else slice(0, 1)
+
+
+def quantized_runs(size: int, tile: int) -> list[tuple[slice, list[slice]]]:
+    """Slices of `size` lanes that are quantized at a time, each with the runs in it that are handled as one.
+
+    A run is a tile; or all the lanes of the slice, where a tile is less than a register or there are none.
+    Slices are wide, because a load of few lanes fills half a register.
+
+    >>> quantized_runs(512, 256)
+    [(slice(0, 512, None), [slice(0, 256, None), slice(256, 512, None)])]
+    """
+    width = max(tile, 4 * LANES // tile * tile) if tile >= LANES else 4 * LANES
+    groups = []
+    for lo in range(0, size, width):
+        hi = min(lo + width, size)
+        run = tile if tile >= LANES else hi - lo
+        groups.append((slice(lo, hi), [slice(t, t + run) for t in range(lo, hi, run)]))
+    return groups
+
+
 def row_absmax(pieces: list[jax.Array]) -> jax.Array:
-    """max |x| of each row over all pieces, [rows, 1]: across the registers first, then over the lanes."""
-    by_width: dict[int, jax.Array] = {}
+    """max |x| of each row over all pieces, float32 [rows, 1]: across registers first, then over the lanes.
+
+    bfloat16 pieces stay packed, two values a lane, until one register is left.
+    """
+    widest: dict[int, jax.Array] = {}
     for piece in pieces:
-        for lo in range(0, piece.shape[1], LANES):
-            x = jnp.abs(piece[:, lo : lo + LANES])
-            width = x.shape[1]
-            by_width[width] = jnp.maximum(by_width[width], x) if width in by_width else x
-    tops = [jnp.max(x, axis=1, keepdims=True) for x in by_width.values()]
+        x, width = jnp.abs(piece), piece.shape[1]
+        widest[width] = jnp.maximum(widest[width], x) if width in widest else x
+    lanes: dict[int, jax.Array] = {}
+    for x in widest.values():
+        for lo in range(0, x.shape[1], LANES):
+            part = x[:, lo : lo + LANES].astype(jnp.float32)
+            width = part.shape[1]
+            lanes[width] = jnp.maximum(lanes[width], part) if width in lanes else part
+    tops = [jnp.max(x, axis=1, keepdims=True) for x in lanes.values()]
     return tops[0] if len(tops) == 1 else jnp.maximum(tops[0], tops[1])
 
 
-def tile_scales(
-    x: jax.Array, tiles: list[tuple[int, int, int]], lanes: slice, how: RowQuantize
-) -> list[jax.Array]:
-    """One scale per row for each tile of the group."""
-    if len(tiles) == 1:
-        return [row_scale(row_absmax([x]), how)]
-    size = jnp.abs(x)
-    index = lax.broadcasted_iota(jnp.int32, x.shape, 1) + lanes.start
-    inside = lambda lo, hi: jnp.where((index >= lo) & (index < hi), size, jnp.zeros_like(size))
-    return [row_scale(jnp.max(inside(lo, hi), axis=1, keepdims=True), how) for _, lo, hi in tiles]
+def run_absmax(size: jax.Array, tile: int) -> jax.Array:
+    """The greatest of the magnitudes of each row and tile of one of `quantized_runs`, in float32.
+
+    [rows, 1] for a run of one tile; as wide as the run, each lane with its tile's, where tiles are less than
+    a register.
+    """
+    size = size.astype(jnp.float32)
+    if tile >= LANES:
+        return jnp.max(size, axis=1, keepdims=True)
+    width = size.shape[1]
+    padded = pl_cdiv(width, LANES) * LANES
+    if padded != width:
+        size = jnp.pad(size, ((0, 0), (0, padded - width)))
+    lane = lax.broadcasted_iota(jnp.int32, (size.shape[0], LANES), 1)
+    tops = []
+    for lo in range(0, padded, LANES):
+        top = size[:, lo : lo + LANES]
+        for bit in range(tile.bit_length() - 1):
+            other = jnp.take_along_axis(top, lane ^ (1 << bit), axis=1, mode="promise_in_bounds")
+            top = jnp.maximum(top, other)
+        tops.append(top)
+    return (tops[0] if len(tops) == 1 else jnp.concatenate(tops, axis=1))[:, :width]
 
 
-def row_scale(absmax: jax.Array, how: RowQuantize) -> jax.Array:
-    """absmax / bound, by the reciprocal that every implementation uses; 1 where that is too small."""
-    scale = absmax * jnp.float32(how.reciprocal)
-    return jnp.where(scale < jnp.float32(math.sqrt(jnp.finfo(jnp.float32).tiny)), 1.0, scale)
+def inverse(scale: jax.Array, how: RowQuantize) -> jax.Array:
+    """1 / scale. Of the cases that a division looks after, dynamic scales leave none but NaN."""
+    if how.static:
+        return 1.0 / scale
+    if how.scale_dtype == "float32":
+        return pltpu.reciprocal(scale, full_range=False)
+    # Of a power of two: the exponent's sign turned.
+    turned = jnp.int32(0x7F000000) - lax.bitcast_convert_type(scale, jnp.int32)
+    return lax.bitcast_convert_type(turned, jnp.float32)
 
 
 def quantize(x: jax.Array, how: RowQuantize) -> jax.Array:
-    """Scaled float32 values, rounded where `how.dtype` is of integers, and clipped to its range."""
-    if jnp.issubdtype(how.dtype, jnp.integer):
-        x = jnp.round(x)
+    """Scaled float32 values, clipped and, where `how.dtype` is of integers, rounded to int32.
+
+    An end of the range that they cannot reach, scaled by the greatest of their run, is not clipped.
+    """
+    integer = jnp.issubdtype(how.dtype, jnp.integer)
     low, high = how.limits
-    return jnp.clip(x, jnp.float32(low), jnp.float32(high))
+    most = how.bound if how.scale_dtype == "float32" else 2.0 ** (how.emax + 1)
+    most = math.inf if how.static else math.floor(most * (1 + 2.0**-20) + 0.5) if integer else most
+    if most > high:
+        x = jnp.minimum(x, jnp.float32(high))
+    if -most < low:
+        x = jnp.maximum(x, jnp.float32(low))
+    return jnp.round(x).astype(jnp.int32) if integer else x
