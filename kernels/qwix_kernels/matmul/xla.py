@@ -168,6 +168,9 @@ def _tilewise(op, values: jax.Array, small: jax.Array) -> jax.Array:
 
 def _dot(left: Side, right: Side, a: jax.Array, b: jax.Array, out, precision=None) -> jax.Array:
     batch = max(a.shape[0], b.shape[0])
+    if a.dtype == jnp.bfloat16:
+        # XLA:CPU moves a transpose of lhs into the dot, and then lacks the code for that one.
+        a = jax.lax.platform_dependent(a, cpu=jax.lax.optimization_barrier, default=lambda a: a)
     a, b = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (a, b))
     axes = (((left.contracting,), (right.contracting,)), ((0,), (0,)))
     return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=out)
