@@ -1,11 +1,15 @@
 """What the TPU's compiler makes of a matmul under transformations: kernels, and nothing done to operands."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from qwix_kernels.matmul import matmul
-from qwix_kernels.problem import RowQuantize, Tensor
+from jax.experimental.pallas import tpu as pltpu
+from qwix_kernels.chips import CHIPS
+from qwix_kernels.matmul import matmul, problem_of, reference, tpu_stored
+from qwix_kernels.problem import Extras, RowQuantize, Tensor
 
 from bench import compiled
 from bench.tpu_compile import compile_for
@@ -154,3 +158,60 @@ def test_a_second_call_compiles_nothing(compiles, jitted):
     assert not compiles
     run(jnp.zeros((1, 6, 64)), weight)
     assert compiles, "a new shape is a new program: the listener listens"
+
+
+# --- the order in which a TPU keeps a weight
+
+SIZES = [(576, 192), (1536, 576), (576, 576), (576, 1536), (192, 576), (100, 300), (300, 100), (64, 64)]
+SIZES += [(72, 128), (128, 72), (4096, 1000), (1000, 4096), (130, 129), (8, 100), (512, 64), (2560, 320)]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "bfloat16"])
+def test_the_order_is_that_of_the_compilers_default_layouts(dtype):
+    weights = [jax.ShapeDtypeStruct(shape, dtype) for size in SIZES for shape in (size, (1, *size))]
+    text = text_of(lambda *arrays: [jnp.sum(a.astype(jnp.float32)) for a in arrays], *weights)
+    layouts = re.findall(r"\[[\d,]+\]\{(\d)", text[text.index("entry_computation_layout") :].split("->")[0])
+    assert len(layouts) == len(weights)
+    found = [int(minor) == len(w.shape) - 2 for minor, w in zip(layouts, weights, strict=True)]
+    assert found == [bool(tpu_stored.keeps_k_last(*w.shape[-2:])) for w in weights]
+    assert any(found) and not all(found)
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v7x"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("k_n", [(1536, 576), (576, 1536)])
+def test_weights_of_odd_sizes_are_not_copied(chip, transposed, k_n):
+    k, n = k_n
+    struct = jax.ShapeDtypeStruct
+    shape, scale = ((1, n, k), (1, n, 1)) if transposed else ((1, k, n), (1, 1, n))
+    rhs = Tensor(struct(shape, "int8"), struct(scale, "bfloat16"))
+
+    def run(lhs, rhs):
+        return matmul(lhs, rhs, quantize_lhs=ROWS, rhs_transposed=transposed, implementation="mosaic_tpu")
+
+    text = text_of(run, struct((1, 16, k), "bfloat16"), rhs, chip=chip)
+    assert_one_kernel_and_no_copies(text, (k, n))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_turned_weight_is_the_same_weight(gated, transposed):
+    """With a gate too, which lies as the weight does."""
+    rng = np.random.default_rng(0)
+    k, n = (64, 256) if transposed else (256, 64)
+    shape, scale = ((1, n, k), (1, n, 1)) if transposed else ((1, k, n), (1, 1, n))
+
+    def weight():
+        values = jnp.asarray(rng.integers(-128, 128, shape), jnp.int8)
+        return Tensor(values, jnp.asarray(rng.uniform(0.5, 1, scale), jnp.float32))
+
+    lhs, rhs = Tensor(jnp.asarray(rng.normal(size=(1, 8, k)), jnp.float32)), weight()
+    extras, options = Extras(gate=weight()) if gated else Extras(), {"rhs_transposed": transposed}
+    problem = problem_of(lhs, rhs, extras, quantize_lhs=ROWS, activation="relu" if gated else None, **options)
+    chip = CHIPS["v5e"]
+    assert tpu_stored.as_kept(problem, chip).rhs_transposed != transposed
+    config = tpu_stored.heuristic_config(problem, chip)
+    interpret = pltpu.InterpretParams(uninitialized_memory="nan")
+    got = tpu_stored.run(problem, lhs, rhs, extras, config=config, chip=chip, interpret=interpret)
+    error = np.abs(np.asarray(got, np.float64) - reference.run(problem, lhs, rhs, extras))
+    assert (error <= reference.error_bound(problem, lhs, rhs, extras)).all()

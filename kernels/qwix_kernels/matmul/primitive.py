@@ -39,10 +39,10 @@ class How:
 
 
 def _tpu(name: str):
-    """A function of tpu_split.py, which is loaded only when a TPU is asked about."""
+    """A function of tpu_stored.py, which is loaded only when a TPU is asked about."""
 
     def call(*args, **kwargs):
-        return getattr(importlib.import_module("qwix_kernels.matmul.tpu_split"), name)(*args, **kwargs)
+        return getattr(importlib.import_module("qwix_kernels.matmul.tpu_stored"), name)(*args, **kwargs)
 
     return call
 
