@@ -16,6 +16,7 @@ from qwix_kernels.chips import Chip
 from qwix_kernels.dispatch import Estimate
 from qwix_kernels.matmul import cost
 from qwix_kernels.matmul.tpu_plan import (
+    FP4,
     LANES,
     Config,
     Plan,
@@ -25,18 +26,24 @@ from qwix_kernels.matmul.tpu_plan import (
     pl_cdiv,
     resolve,
     stored,
+    takes_fp4,
 )
 from qwix_kernels.problem import Epilogue, MatmulProblem, dtype_bits
 
 MIN_TILE = 16
 _LHS = ("bfloat16", "float32", "int8", "uint8", "int4", "uint4", "float8_e4m3fn", "float8_e5m2")
 _OUT = ("bfloat16", "float32", "int32")
-_SCALES = ("bfloat16", "float32")
+_RHS = (*_LHS, FP4)
+_NORM_WEIGHTS = ("bfloat16", "float32")
+_SCALES = ("bfloat16", "float32", "float8_e8m0fnu", "float8_e4m3fn")
 _QUANTIZED_TO = ("int8", "int4", "float8_e4m3fn", "float8_e5m2")
 # Vector operations per 1024 elements.
-_WIDEN = {"int8": 2.7, "int4": 2.9, "uint8": 2.5, "uint4": 2.6, "nf4": 22.0, "float8": 5.0, "wide": 0.5}
-_WIDEN_16 = {"int8": 0.7, "int4": 0.7, "float8": 1.5, "nf4": 22.0}  # to bfloat16, where that is native
+_WIDEN = {"int8": 2.7, "int4": 2.9, "uint8": 2.5, "uint4": 2.6, "nf4": 22.0, FP4: 3.5, "float8": 5.0}
+_WIDEN_16 = {"int8": 0.7, "int4": 0.7}  # to bfloat16, where the vector unit has that
+_WIDEN_8 = {FP4: 0.7, "float8": 0.7}  # the same where float8 is native
 # Widened by the compiler, on the way into the matrix unit: integers and e4m3, without and with `bf16_math`.
+_FP4_TO_FP8 = 1.3
+_WIDEN_WIDE = 0.5
 _MIXED = {False: (2.4, 1.0), True: (0.6, 0.8)}
 _SCALE_WEIGHT = 2.0  # multiply, and half a pack to bfloat16
 _SCALE_WEIGHT_16 = 0.8
@@ -66,18 +73,25 @@ def check(problem: MatmulProblem, chip: Chip) -> None:
     if 0 in (p.m, p.n, p.k, p.batch):
         refuse("has no empty operands")
     for name, x in (("lhs", p.lhs), ("rhs", p.rhs)):
-        if x.dtype not in _LHS:
-            refuse(f"takes {', '.join(_LHS)} as {name}")
+        taken = _LHS if name == "lhs" else _RHS
+        if x.dtype not in taken:
+            refuse(f"takes {', '.join(taken)} as {name}")
         if x.codebook not in (None, "nf4"):
             refuse(f"knows the codebook nf4, not {x.codebook!r}")
         if x.scale_dtype not in (None, *_SCALES):
             refuse(f"takes scales in {' or '.join(_SCALES)}, not {x.scale_dtype}")
+        if x.zero_point and x.dtype == FP4:
+            refuse(f"has no zero points in {FP4}")
         if x.zero_point and x.codebook:
             refuse("has no zero points with a codebook")
         if k_tile(x, p.k) % MIN_TILE:
             refuse(f"takes K tiles of multiples of {MIN_TILE}, not {x.tile_k} ({name})")
-    if p.norm and (p.lhs.is_quantized or p.norm.weight_dtype not in _SCALES):
-        refuse(f"normalises plain rows, by weights in {' or '.join(_SCALES)}, not {p.norm.weight_dtype}")
+    if p.rhs.dtype == FP4 and not takes_fp4(chip) and (p.n if p.rhs_transposed else p.k) % 32:
+        refuse(f"unpacks {FP4} by 32 rows of the weight")
+    if p.norm and (p.lhs.is_quantized or p.norm.weight_dtype not in _NORM_WEIGHTS):
+        refuse(
+            f"normalises plain rows, by weights in {' or '.join(_NORM_WEIGHTS)}, not {p.norm.weight_dtype}"
+        )
     if p.epilogue and (reason := _epilogue_refused(p.epilogue, p.n)):
         refuse(reason)
     if p.out_dtype not in _OUT and not (p.epilogue and p.epilogue.quantize):
@@ -252,9 +266,11 @@ def _weight_ops(plan: Plan, chip: Chip) -> float:
     kind = p.rhs.codebook or p.rhs.dtype
     each = 0.0
     if plan.prepare_rhs or kind != plan.rhs_dot:
-        each = _widen(kind, chip.bf16_math) + (0 if chip.bf16_math else 0.5)
+        each = _widen(kind, chip) + (0 if chip.bf16_math else 0.5)
     elif not chip.is_native(plan.lhs_dot, plan.rhs_dot):
         each = _MIXED[chip.bf16_math][is_fp8(kind)]
+    if plan.rhs_gain != 1 and not plan.folds_rhs:
+        each = _FP4_TO_FP8
     if plan.folds_rhs:
         each += (_SCALE_WEIGHT_16 if chip.bf16_math else _SCALE_WEIGHT) + p.rhs.zero_point
     return each * pl_cdiv(plan.block_n, chip.mxu) * chip.mxu * plan.block_k / 1024
@@ -273,7 +289,7 @@ def _partial_ops(plan: Plan) -> float:
 
 def _pushes_bytes(plan: Plan, chip: Chip) -> bool:
     """Whether the matrix unit takes the weights in at most 8 bits."""
-    if chip.name == "v7x" and plan.rhs_dot == "int4":
+    if takes_fp4(chip) and plan.rhs_dot in ("int4", FP4):
         return True  # as float8_e4m3fn
     return is_fp8(plan.rhs_dot) or (plan.lhs_dot == plan.rhs_dot and plan.rhs_dot != "bfloat16")
 
@@ -289,9 +305,11 @@ def _row_ops(plan: Plan) -> float:
     return each * plan.block_m * plan.block_k / 1024
 
 
-def _widen(dtype: str, bf16: bool = False) -> float:
-    cost = _WIDEN | _WIDEN_16 if bf16 else _WIDEN
-    return cost.get(dtype) or cost["float8" if is_fp8(dtype) else "wide"]
+def _widen(dtype: str, chip: Chip | None = None) -> float:
+    cost = dict(_WIDEN)
+    if chip is not None:
+        cost |= (_WIDEN_16 if chip.bf16_math else {}) | (_WIDEN_8 if takes_fp4(chip) else {})
+    return cost.get("float8" if is_fp8(dtype) else dtype, _WIDEN_WIDE)
 
 
 def _lanes(n: int) -> int:

@@ -110,7 +110,7 @@ def _dot_block(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, ro
         if plan.strategy == "after":
             part = _scale_tile(plan, r, step, rows, part, start)
         total = part if total is None else total + part
-    return total
+    return total if plan.rhs_gain == 1 or plan.rhs_tile else total * plan.rhs_gain
 
 
 def _scale_tile(
@@ -123,8 +123,7 @@ def _scale_tile(
         at = start + i * plan.run
         tile = part[i * size : (i + 1) * size, :]
         if plan.rhs_tile:
-            t = at // plan.rhs_tile
-            tile = tile * r["rhs_scale"][0, 0, t : t + 1, :].astype(jnp.float32)
+            tile = tile * tpu_weights.scale_row(plan, r, at // plan.rhs_tile)
         if plan.lhs_tile:
             tile = tile * tpu_epilogue.lhs_scale(plan, r, step, rows, at // plan.lhs_tile)
         total = tile if total is None else total + tile
@@ -139,6 +138,8 @@ def _partial(
     lhs = r["lhs_ready"][step, rows, at] if plan.prepare_lhs else r["lhs"][0, rows, at]
     rhs_ref = r["rhs_ready"] if plan.prepare_rhs else r["rhs"].at[0]
     rhs = rhs_ref[:, at] if p.rhs_transposed else rhs_ref[at, :]
+    if plan.rhs_gain != 1 and not plan.prepare_rhs:
+        rhs = values.fp4_to_fp8(rhs)
     lhs, rhs = values.narrow(lhs, plan.lhs_dot), values.narrow(rhs, plan.rhs_dot)
     dot = _dot(plan, emulate)
     size = lhs.shape[0]

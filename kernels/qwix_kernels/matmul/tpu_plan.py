@@ -23,6 +23,8 @@ from qwix_kernels.problem import MatmulProblem, Operand, dtype_bits
 
 STRATEGIES = ("once", "after", "before")
 LANES = 128
+FP4 = "float4_e2m1fn"
+FP4_GAIN = 2.0**14  # float8_e5m2 with the bits of a float4_e2m1fn in its low bits is that much smaller
 VMEM_SHARE = 0.75  # the compiler's own temporaries live in the rest
 SUB_M = 128
 # |q| <= 128 makes every product at most 2^14, and float32 counts exactly up to 2^24.
@@ -77,6 +79,7 @@ class Plan:
     chunk: int  # K of one partial dot whose sum is exact (integers) or shares its scales ("after")
     prepare_lhs: bool  # rewritten into VMEM once per row block, reused by every column block
     prepare_rhs: bool  # rewritten into VMEM in every step
+    rhs_gain: float  # what the weights on the matrix unit are too small by
     integer: bool  # accumulates in int32
     rows_given: bool  # scales of `quantize_lhs` come from outside: static, or the row does not fit one block
     bf16_math: bool  # weights are scaled in bfloat16, two to a lane, where the vector unit does that
@@ -213,12 +216,13 @@ def dot_dtypes(problem: MatmulProblem, chip: Chip, strategy: str) -> tuple[str, 
     folded = strategy == "before"
     if folded or "nf4" in (lhs, rhs) or "uint8" in (lhs, rhs):
         return "bfloat16", "bfloat16"
+    if rhs == FP4 and not takes_fp4(chip):
+        return "bfloat16", "float8_e5m2"
     if is_int(lhs) and is_int(rhs):
         if lhs == rhs == "int4" and chip.is_native("int4", "int4"):
             return "int4", "int4"
         if chip.is_native("int8", "int8"):
             return "int8", "int8"
-        return "bfloat16", "bfloat16"
     if is_fp8(lhs) and is_fp8(rhs) and chip.is_native(lhs, rhs):
         return lhs, rhs
     # Mosaic widens a narrow rhs on the way into the matrix unit, for less than a pass over it in VMEM.
@@ -230,7 +234,12 @@ def is_fp8(dtype: str) -> bool:
 
 
 def is_narrow(dtype: str) -> bool:
-    return dtype in ("int8", "int4") or is_fp8(dtype)
+    return dtype in ("int8", "int4", FP4) or is_fp8(dtype)
+
+
+def takes_fp4(chip: Chip) -> bool:
+    """Whether Mosaic widens float4_e2m1fn on the way into the matrix unit, as it does where fp8 is native."""
+    return chip.is_native("float8_e4m3fn", "float8_e4m3fn")
 
 
 def _exact_chunk(problem: MatmulProblem, lhs_dot: str) -> int:
@@ -273,7 +282,9 @@ def resolve(problem: MatmulProblem, chip: Chip, config: Config) -> Plan:
         prepare_lhs=k_tail or lhs != lhs_dot or p.quantize_lhs is not None or p.norm is not None,
         prepare_rhs=k_tail
         or rhs == "nf4"
+        or (rhs == FP4 and not takes_fp4(chip) and (zero_in_place or config.block_m > SUB_M))
         or (zero_in_place and (p.rhs.zero_point or k_tile(p.rhs, p.k) > 0)),
+        rhs_gain=1.0 if rhs != FP4 or takes_fp4(chip) else FP4_GAIN,
         integer=is_integer_problem(p) and config.strategy == "once",
         rows_given=_rows_given(p, config),
         bf16_math=chip.bf16_math,

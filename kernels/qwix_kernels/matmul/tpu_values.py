@@ -48,8 +48,22 @@ def _groups(size: int, tile: int, width: int) -> list[Group]:
     return groups
 
 
-def widen(x: jax.Array, codebook: str | None, dtype: str = "float32") -> jax.Array:
-    """The represented numbers in `dtype`: in bfloat16 exact but for a codebook's."""
+def fp4_to_fp8(x: jax.Array) -> jax.Array:
+    """float4_e2m1fn as float8_e5m2 that are 2^-14 times as great.
+
+    The three bits below the sign mean the same in both formats, subnormals included, but for the bias of the
+    exponent. One operation of the vector unit per 1024 values, besides the compiler's own unpacking.
+    """
+    bytes_ = pltpu.bitcast(x, jnp.int4).astype(jnp.int8)  # five times the sign, e, e, m
+    words = pltpu.bitcast(bytes_, jnp.int32)
+    words = (words & jnp.int32(-0x7F7F7F80)) | ((words << 1) & jnp.int32(0x0E0E0E0E))
+    return pltpu.bitcast(words, jnp.float8_e5m2)
+
+
+def widen(x: jax.Array, codebook: str | None, dtype: str = "float32", fp4: bool = False) -> jax.Array:
+    """The represented numbers in `dtype`: in bfloat16 exact but for a codebook's. `fp4`: see `fp4_to_fp8`."""
+    if fp4:
+        return fp4_to_fp8(x).astype(dtype)
     if codebook is not None:
         return look_up(x, codebook).astype(dtype)
     if jnp.issubdtype(x.dtype, jnp.unsignedinteger):

@@ -16,30 +16,37 @@ def prepare(plan: Plan, r: dict[str, Any], step: jax.Array) -> None:
     p = plan.problem
     limit = plan.k_limit(step)
     wide = "bfloat16" if plan.bf16_math else "float32"
+    fp4 = plan.rhs_gain != 1
     if p.rhs_transposed:
         for lanes, tiles in values.lane_groups(plan.block_k, plan.rhs_tile if plan.folds_rhs else 0):
-            w = values.widen(r["rhs"][0, :, lanes], p.rhs.codebook, wide)
+            w = values.widen(r["rhs"][0, :, lanes], p.rhs.codebook, wide, fp4)
             if plan.folds_rhs:
                 if p.rhs.zero_point:
                     w = w - values.spread(r["rhs_zero"], (0, 0, slice(None)), tiles, lanes).astype(wide)
-                w = w * values.spread(r["rhs_scale"], (0, 0, slice(None)), tiles, lanes).astype(wide)
+                scale = values.spread(r["rhs_scale"], (0, 0, slice(None)), tiles, lanes) * plan.rhs_gain
+                w = w * scale.astype(wide)
             w = values.zero_past(w, limit, lanes.start, axis=1)
             r["rhs_ready"][:, lanes] = values.narrow(w, plan.rhs_dot)
         return
     for rows, tiles in values.row_groups(plan.block_k, plan.rhs_tile if plan.folds_rhs else 0):
-        w = values.widen(r["rhs"][0, rows, :], p.rhs.codebook, wide)
+        w = values.widen(r["rhs"][0, rows, :], p.rhs.codebook, wide, fp4)
         w = values.zero_past(w, limit, rows.start, axis=0)
         for t, lo, hi in tiles:
             part = w[lo - rows.start : hi - rows.start, :]
             if plan.folds_rhs:
                 if p.rhs.zero_point:
-                    part = part - _row(r["rhs_zero"], t, part)
-                part = part * _row(r["rhs_scale"], t, part)
+                    part = part - _rows(r["rhs_zero"][0, 0, t : t + 1, :], part)
+                part = part * _rows(scale_row(plan, r, t), part)
                 part = values.zero_past(part, limit if p.rhs.zero_point else None, lo, axis=0)
             r["rhs_ready"][lo:hi, :] = values.narrow(part, plan.rhs_dot)
 
 
-def _row(ref: Any, t: int, like: jax.Array) -> jax.Array:
-    """Scales or zero points of tile `t`, repeated over the rows of `like`, in its dtype."""
-    row = ref[0, 0, t : t + 1, :].astype(jnp.float32)
+def scale_row(plan: Plan, r: dict[str, Any], t: int) -> jax.Array:
+    """Scales of K tile `t`, [1, block_n] in float32, for weights as the matrix unit is given them."""
+    scale = r["rhs_scale"][0, 0, t : t + 1, :].astype(jnp.float32)
+    return scale if plan.rhs_gain == 1 else scale * plan.rhs_gain
+
+
+def _rows(row: jax.Array, like: jax.Array) -> jax.Array:
+    """A row for every row of `like`, in its dtype."""
     return jnp.broadcast_to(row, like.shape).astype(like.dtype)
