@@ -72,7 +72,8 @@ def quantize_nnx_model(
     if run_once or isinstance(provider, BoxedParamProvider):
         provider.finish()
     if isinstance(provider, QtProvider):
-        set_attributes(fresh, disable_quant_stats_update=False, qwix_rngs=None)
+        # Data, so that an nnx.Rngs can take the place of None.
+        set_attributes(fresh, disable_quant_stats_update=False, qwix_rngs=nnx.data(None))
     return fresh
 
 
