@@ -6,7 +6,6 @@ costs the cell that it was at, and is replaced.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -16,18 +15,16 @@ import json
 import os
 import pathlib
 import queue
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from bench import child
 from bench.cache import Cache, digest_of_files
 from bench.cells import Cell
-from bench.worker import ANSWER
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_ROOT = child.ROOT
 
 
 def price(cells: Sequence[Cell], *, jobs: int = 1, cache: str | None = None) -> Iterator[dict[str, Any]]:
@@ -89,7 +86,7 @@ def _sources() -> str:
     kernels = pathlib.Path(spec.origin).parent
     tuned = os.environ.get("QWIX_TUNING_CACHE") or "~/.cache/qwix/tuning.json"
     files = [*kernels.rglob("*.py"), *kernels.rglob("*.json"), pathlib.Path(tuned).expanduser()]
-    here = ("bundles", "floors", "hlo", "problems", "replay", "shapes", "tpu_compile", "worker")
+    here = ("bundles", "floors", "hlo", "problems", "replay", "shapes", "tpu_compile", "worker", "xla_worker")
     files += [pathlib.Path(__file__).parent / f"{name}.py" for name in here]
     versions = [importlib.metadata.version(p) for p in ("jax", "jaxlib", "libtpu")]
     return " ".join([digest_of_files(files), *versions, os.environ.get("LIBTPU_INIT_ARGS", "")])
@@ -122,8 +119,8 @@ class _Pool:
                 yield result
         finally:
             self._stopped.set()
-            for child in list(self._children.values()):
-                child.kill()
+            for worker in list(self._children.values()):
+                worker.kill()
             for thread in self._threads:
                 thread.join()
 
@@ -137,66 +134,34 @@ class _Pool:
             except BaseException as error:  # the consumer raises it
                 self._results.put(error)
             finally:
-                if child := self._children.pop(number, None):
-                    child.close()
+                if worker := self._children.pop(number, None):
+                    worker.close()
 
     def _price(self, number: int, group: list[int], folder: str) -> None:
         for index in group:
             if self._stopped.is_set():
                 return
-            child = self._children.get(number)
-            if child is None:
-                child = self._children[number] = _Child(folder, self._cache)
-            answer = child.ask(self._cells[index])
+            worker = self._children.get(number)
+            if worker is None:
+                worker = self._children[number] = _Child(folder, self._cache)
+            answer = worker.ask(self._cells[index])
             if answer is None:
                 self._children.pop(number).close()
-                error = f"The compiler's process died: {child.last_words()}"
+                error = f"The compiler's process died: {worker.last_words()}"
                 answer = {**dataclasses.asdict(self._cells[index]), "error": error}
             self._results.put((index, answer))
 
 
-class _Child:
+class _Child(child.Child):
     """A worker.py process."""
 
     def __init__(self, folder: str, cache: str | None):
-        self._log = os.path.join(folder, "stderr")
-        # It runs in the caller's folder, so nothing here can shadow its imports.
-        path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-m", "bench.worker", os.path.join(folder, "dump")]
-        with open(self._log, "w") as stderr:
-            self._process = subprocess.Popen(
-                command + ([os.path.abspath(cache)] if cache else []),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-            )
+        arguments = [folder, *([os.path.abspath(cache)] if cache else [])]
+        super().__init__("bench.worker", arguments, os.path.join(folder, "stderr"), _ROOT)
 
     def ask(self, cell: Cell) -> dict[str, Any] | None:
         """The answer, or None where the process died over it."""
-        assert self._process.stdin and self._process.stdout
-        try:
-            self._process.stdin.write(json.dumps(dataclasses.asdict(cell)) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return None
-        for line in self._process.stdout:
-            if line.startswith(ANSWER):
-                return json.loads(line.removeprefix(ANSWER))
-        return None
-
-    def last_words(self) -> str:
-        lines = pathlib.Path(self._log).read_text(errors="replace").splitlines()[-5:]
-        return " | ".join(line.strip() for line in lines) or "it said nothing"
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def close(self) -> None:
-        """Lets it end, and waits for it."""
-        assert self._process.stdin and self._process.stdout
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        answer = self.request(dataclasses.asdict(cell))
+        if answer and "error" in answer:
+            return {**dataclasses.asdict(cell), **answer}
+        return answer

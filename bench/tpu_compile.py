@@ -42,6 +42,7 @@ _DEVICE_CORES = {"v5p": 2}
 _DELAY_SLOTS = {"v7x": 6}
 _MXUS = {128: 4, 256: 2}  # per core, by the columns of one
 _FILES = re.compile(r"^\d+-(.*)-\d+-final_bundles\.txt$")
+_DUMP_FLAGS = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=^final"
 _LOCATIONS = re.compile(r"\\22debug_locations\\22: \\22[^\\]*\\22")
 
 
@@ -102,15 +103,18 @@ class ProgramCost:
         return tuple(op for op in self.ops if op.is_kernel)
 
 
-def prepare(dump: str) -> None:
+def prepare(dump: str | None) -> None:
     """Sets what libtpu reads when it loads: to dump final bundles to the folder `dump`, and to ask nobody.
+
+    With None it dumps nothing: then programs without kernels can be priced, and faster.
 
     Raises RuntimeError in a process that has imported jax: it is too late then.
     """
     if "jax" in sys.modules:
         raise RuntimeError("jax is imported already; libtpu reads LIBTPU_INIT_ARGS when it loads.")
-    flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
-    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
+    if dump is not None:
+        given = os.environ.get("LIBTPU_INIT_ARGS", "")
+        os.environ["LIBTPU_INIT_ARGS"] = f"{given} --xla_jf_dump_to={dump} {_DUMP_FLAGS}".strip()
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 
@@ -169,7 +173,7 @@ def lower_for(chip: str, fn: Callable, *args: Any) -> Any:
         return jax.jit(fn).lower(*args)
 
 
-def price(chip: str, dump: str, fn: Callable, *args: Any, cache: Cache | None = None) -> ProgramCost:
+def price(chip: str, dump: str | None, fn: Callable, *args: Any, cache: Cache | None = None) -> ProgramCost:
     """The static cost of `fn` on one jax device of `chip`. `dump` is the folder that `prepare` was given.
 
     With a `cache`, a program that was priced before is not compiled again: the same text for the TPU compiler
@@ -182,9 +186,10 @@ def price(chip: str, dump: str, fn: Callable, *args: Any, cache: Cache | None = 
     key = _key(spec, lowered.as_text())
     if cache and (known := cache.get(key)):
         return ProgramCost(chip, tuple(OpCost(**op) for op in known))
-    clear(dump)
+    if dump is not None:
+        clear(dump)
     text = lowered.compile().as_text()
-    parsed = _kernels(dump)
+    parsed = _kernels(dump) if dump is not None else {}
     cost = ProgramCost(chip, tuple(_op_cost(spec, op, parsed) for op in hlo.ops(text)))
     if cache:
         cache.put(key, [dataclasses.asdict(op) for op in cost.ops])
@@ -196,7 +201,7 @@ def _key(chip: Chip, program: str) -> str:
     versions = [importlib.metadata.version(p) for p in ("jax", "jaxlib", "libtpu")]
     here = pathlib.Path(__file__).parent
     reader = digest_of_files(here / f"{name}.py" for name in ("bundles", "hlo", "replay", "tpu_compile"))
-    given = re.sub(r"\S*xla_jf_dump_to=\S*", "", os.environ.get("LIBTPU_INIT_ARGS", ""))
+    given = re.sub(r"\S*xla_jf_dump_\S*", "", os.environ.get("LIBTPU_INIT_ARGS", "")).strip()
     parts = (repr(chip), *versions, reader, given, _LOCATIONS.sub("", program))
     return "program " + hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

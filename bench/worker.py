@@ -1,54 +1,38 @@
-"""The process that compiles: reads cells from standard input, one JSON object a line, answers one line each.
+"""The process that prices cells: one JSON object a line on standard input, one line of answer each.
 
-libtpu reads its settings once, and a compiler that meets what it cannot take may abort; so price.py keeps it
-out of its own process and starts another one where this one dies.
+It compiles kernels, with the compiler's bundles dumped. What holds no kernel goes to xla_worker.py, a process
+of its own that dumps nothing.
 
-Run as `python -m bench.worker DUMP [CACHE]`.
+Run as `python -m bench.worker FOLDER [CACHE]`, by pool.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+import os
 import sys
 import time
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench import tpu_compile
 from bench.cache import Cache
-from bench.shapes import Scheme, scheme
-
-if TYPE_CHECKING:
-    from bench.cells import Cell
-
-ANSWER = "@cell "  # libtpu prints lines of its own
+from bench.cells import Cell
+from bench.child import Child, serve
+from bench.shapes import scheme
 
 
 class Pricer:
-    """Prices cells one after the other. `dump`: libtpu's folder; `cache`: for programs priced before."""
+    """Prices cells one after the other. `folder` is for its files, `cache` has programs priced before."""
 
-    def __init__(self, dump: str, cache: Cache | None = None):
-        self._price = functools.partial(_price, dump, cache)
-        self._bf16 = functools.cache(self._price_bf16)
-
-    def _price_bf16(self, chip: str, m: int, k: int, n: int, batch: int) -> tpu_compile.ProgramCost:
-        import jax
-        import jax.numpy as jnp
-
-        from bench import problems
-
-        shapes = (jax.ShapeDtypeStruct((batch, *s), jnp.bfloat16) for s in ((m, k), (k, n)))
-        return self._price(chip, problems.xla_bf16, *shapes)
-
-    def _same_op(self, cell: Cell, wanted: Scheme, shape: tuple[int, ...]) -> tpu_compile.ProgramCost | None:
-        from bench import problems
-
-        if cell.batch > 1:
-            return None
-        arrays = problems.shapes_of(wanted, *shape)
-        return self._price(cell.chip, problems.xla_same_op(wanted), *arrays)
+    def __init__(self, folder: str, cache: str | None = None):
+        self._dump = os.path.join(folder, "dump")
+        tpu_compile.prepare(self._dump)
+        self._log = os.path.join(folder, "stderr of xla_worker")
+        self._cache_folder, self._cache = cache, Cache(cache) if cache else None
+        self._xla: Child | None = None
+        self._bf16: dict[tuple[Any, ...], float] = {}
 
     def price(self, cell: Cell) -> dict[str, Any]:
         """Everything that is said about one cell of the table."""
@@ -64,10 +48,12 @@ class Pricer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a fallback is in the answer
             plan = dispatch.explain(problem, spec, implementation=cell.implementation, config=config)
-            op = problems.kernel(wanted, cell.implementation, config)
-            cost = self._price(cell.chip, op, *problems.operands(wanted, *shape))
-        bf16 = self._bf16(cell.chip, *shape) if cell.baselines else None
-        same = self._same_op(cell, wanted, shape) if cell.baselines and cell.same_op else None
+            if plan.chosen == "xla":
+                cost = self._priced_by_xla(cell, "op")
+            else:
+                op = problems.kernel(wanted, cell.implementation, config)
+                arrays = problems.operands(wanted, *shape)
+                cost = tpu_compile.price(cell.chip, self._dump, op, *arrays, cache=self._cache)
         floor = floors.floor(spec, wanted, *shape)
         return {
             "chip": cell.chip,
@@ -84,8 +70,7 @@ class Pricer:
             "best_floor_of": floor.strategy,
             "ratio_to_best_floor": cost.static_us / floor.best_us,
             "hbm_floor_us": floor.memory_us,
-            "xla_bf16_us": bf16.static_us if bf16 else None,
-            "xla_same_op_us": same.static_us if same else None,
+            **self._baselines(cell),
             "estimate_us": plan.estimate.static_us,
             "static_kcycles": cost.static_us * spec.ghz,
             "config": dataclasses.asdict(plan.config) if plan.config is not None else None,
@@ -100,9 +85,36 @@ class Pricer:
             "seconds": round(time.monotonic() - start, 2),
         }
 
+    def _baselines(self, cell: Cell) -> dict[str, float | None]:
+        bf16 = same = None
+        if cell.baselines:
+            key = (cell.chip, cell.batch, cell.m, cell.k, cell.n)
+            if key not in self._bf16:
+                self._bf16[key] = self._priced_by_xla(cell, "bf16").static_us
+            bf16 = self._bf16[key]
+            if cell.same_op and cell.batch == 1:
+                same = self._priced_by_xla(cell, "same_op").static_us
+        return {"xla_bf16_us": bf16, "xla_same_op_us": same}
 
-def _price(dump: str, cache: Cache | None, chip: str, fn: Any, *args: Any) -> tpu_compile.ProgramCost:
-    return tpu_compile.price(chip, dump, fn, *args, cache=cache)
+    def _priced_by_xla(self, cell: Cell, program: str) -> tpu_compile.ProgramCost:
+        if self._xla is None:
+            arguments = [self._cache_folder] if self._cache_folder else []
+            self._xla = Child("bench.xla_worker", arguments, self._log)
+        request = {"cell": dataclasses.asdict(cell), "program": program}
+        answer: dict[str, Any] | None = self._xla.request(request)
+        if answer is None:
+            words = self._xla.last_words()
+            self._xla.close()
+            self._xla = None
+            raise RuntimeError(f"XLA's compiler died over {program}: {words}")
+        if "error" in answer:
+            raise RuntimeError(f"XLA's compiler, over {program}: {answer['error']}")
+        return tpu_compile.ProgramCost(cell.chip, tuple(tpu_compile.OpCost(**op) for op in answer["ops"]))
+
+    def close(self) -> None:
+        """Ends the process that prices what XLA does."""
+        if self._xla:
+            self._xla.close()
 
 
 def _times(cost: tpu_compile.ProgramCost) -> dict[str, Any]:
@@ -155,18 +167,14 @@ def _note(plan: Any, cost: tpu_compile.ProgramCost) -> str:
     return "; ".join(notes)
 
 
-def main(dump: str, cache: str | None = None) -> None:
-    tpu_compile.prepare(dump)
-    from bench.cells import Cell
+def main(folder: str, cache: str | None = None) -> None:
+    pricer = Pricer(folder, cache)
 
-    pricer = Pricer(dump, Cache(cache) if cache else None)
-    for line in sys.stdin:
-        cell = Cell(**json.loads(line))
-        try:
-            answer = pricer.price(cell)
-        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-            answer = {**dataclasses.asdict(cell), "error": f"{type(error).__name__}: {error}"}
-        print(ANSWER + json.dumps(answer), flush=True)
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        return pricer.price(Cell(**request))
+
+    serve(answer)
+    pricer.close()
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ for line in sys.stdin:
     cell = json.loads(line)
     if cell["n"] == 13:
         sys.exit("no such compiler")
-    print("noise"); print("@cell " + json.dumps({**cell, "priced": cell["n"]}), flush=True)
+    print("noise"); print("@answer " + json.dumps({**cell, "priced": cell["n"]}), flush=True)
 """
 
 
