@@ -3,12 +3,15 @@
 Either operand may be an array, a `QArray` or a prepacked `TransposedQArray`. `act_qtype` quantizes the float
 side on the way: dynamically, one scale per row (and per tile of the contracting axis, with `act_tile_size`),
 inside the kernel where a kernel can.
+
+What surrounds a dot in a network can be fused into it: a normalisation before, a bias, an activation, a gate,
+a residual and quantization for the next dot after it. `FusedOptions` lists the keywords.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +21,14 @@ from qwix_kernels.dispatch import Explanation
 
 from qwix._src.core import dot_general as _dot
 from qwix._src.core import einsum as _einsum
+from qwix._src.core import fused_dot as _fused
 from qwix._src.core import qarray as _qarray
 from qwix._src.core.calibration import HowToQuantize
+from qwix._src.core.fused_dot import FusedOptions
 from qwix._src.core.qarray import QArray
 from qwix._src.core.transposed_qarray import DotDimensionNumbers, TransposedQArray
 
-__all__ = ["explain", "qdot", "qdot_general", "qeinsum"]
+__all__ = ["FusedOptions", "explain", "qdot", "qdot_general", "qeinsum", "qgated_dot"]
 
 Operand = jax.Array | QArray | TransposedQArray
 
@@ -38,7 +43,8 @@ def qdot(
     implementation: str | Sequence[str] | None = None,
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
-) -> jax.Array:
+    **fused: Unpack[FusedOptions],
+) -> jax.Array | QArray:
     """`jax.numpy.dot`: the last axis of lhs with the last but one of rhs.
 
     Args: as for `qdot_general`.
@@ -46,6 +52,11 @@ def qdot(
     >>> import qwix
     >>> w = qwix.quantize(jnp.eye(64), "int4", channelwise_axes=(1,), tiled_axes={0: 32})
     >>> qdot(jnp.ones((2, 64)), w, act_qtype="int8").shape
+    (2, 64)
+    >>> hidden = qdot(jnp.ones((2, 64)), w, bias=jnp.ones(64), activation="relu", out_qtype="int8")
+    >>> hidden
+    QArray(int8[2,64], scale=float32[2,1])
+    >>> qdot(hidden, w).shape
     (2, 64)
     """
     return qdot_general(
@@ -58,6 +69,7 @@ def qdot(
         implementation=implementation,
         precision=precision,
         preferred_element_type=preferred_element_type,
+        **fused,
     )
 
 
@@ -72,7 +84,8 @@ def qdot_general(
     implementation: str | Sequence[str] | None = None,
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
-) -> jax.Array:
+    **fused: Unpack[FusedOptions],
+) -> jax.Array | QArray:
     """`jax.lax.dot_general` where either side may be quantized.
 
     Args:
@@ -84,9 +97,11 @@ def qdot_general(
       implementation: "mosaic_tpu", "xla" or names in order; None takes the best that runs and never fails.
       precision: of products of floats, as in `jax.lax.dot`.
       preferred_element_type: dtype of the result; by default what the represented values promote to.
+      **fused: what else is computed in the same pass: see `FusedOptions`.
 
     Returns:
-      Array of the batch axes, the free axes of lhs, the free axes of rhs.
+      Array of the batch axes, the free axes of lhs, the free axes of rhs; a QArray with `out_qtype`, which
+      has no gradient.
 
     Raises:
       ValueError: operands that disagree, or `act_qtype` with no float operand.
@@ -96,27 +111,80 @@ def qdot_general(
     >>> qdot_general(x, x, (((1,), (0,)), ((), ()))).tolist()  # exact integers
     [[7, 10], [15, 22]]
     """
-    side = None if act_qtype is None else _float_side(lhs, rhs)
-    act_how = None
-    if side is not None:
-        act_how = _dot.get_how_to_quantize(
-            dimension_numbers=dimension_numbers,
-            ndims=(len(lhs.shape), len(rhs.shape)),
-            for_lhs=side == 0,
-            tile_size=act_tile_size,
-            qtype=act_qtype,
-            calibration_method=act_calibration_method,
-        )
-    if side == 1 and act_how is not None:
-        rhs, act_how = _qarray.quantize(jnp.asarray(rhs), act_how), None
-    return _dot.dot_general(
+    lhs, rhs, act_how = _with_act(
         lhs,
         rhs,
         dimension_numbers,
-        precision,
-        preferred_element_type,
+        tile_size=act_tile_size,
+        qtype=act_qtype,
+        calibration_method=act_calibration_method,
+    )
+    how: dict[str, Any] = {"act_how": act_how, "implementation": implementation}
+    how |= {"precision": precision, "preferred_element_type": preferred_element_type}
+    if _given(fused):
+        return _fused.fused_dot_general(lhs, rhs, dimension_numbers, fused, **how)
+    return _dot.dot_general(lhs, rhs, dimension_numbers, **how)
+
+
+def qgated_dot(
+    x: Operand,
+    w_gate: Operand,
+    w_up: Operand,
+    *,
+    activation: str | None = "silu",
+    gate_bias: jax.Array | None = None,
+    act_qtype: DTypeLike | str | None = None,
+    act_tile_size: int | float | None = None,
+    act_calibration_method: str = "absmax",
+    implementation: str | Sequence[str] | None = None,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    **fused: Unpack[FusedOptions],
+) -> jax.Array | QArray:
+    """activation(x @ w_gate) * (x @ w_up), the first half of a gated feed-forward layer, in one pass.
+
+    On a TPU x is quantized once and neither product is written to memory (docs/fused.md).
+
+    Args:
+      x: [..., K]; see `qdot`.
+      w_gate, w_up: [K, N], quantized alike.
+      activation: of the gate: "silu" (SwiGLU), "gelu", "gelu_tanh" (GeGLU), "relu", "relu6" or None.
+      gate_bias: [N], added to x @ w_gate. `bias` is added to x @ w_up.
+      act_qtype, ..., preferred_element_type: as for `qdot_general`.
+      **fused: see `FusedOptions`.
+
+    Returns:
+      [..., N]; a QArray with `out_qtype`.
+
+    Raises:
+      ValueError: weights that differ in shape or format, and as `qdot_general`.
+
+    >>> import qwix
+    >>> w = qwix.quantize(jnp.eye(64), "int8", channelwise_axes=(1,))
+    >>> y = qgated_dot(jnp.ones((2, 64)), w, w, activation="relu", norm_weight=jnp.full(64, 3.0))
+    >>> y.shape, round(float(y.max()), 1)
+    ((2, 64), 8.9)
+    """
+    numbers = _dot_numbers(x, w_up)
+    x, w_up, act_how = _with_act(
+        x,
+        w_up,
+        numbers,
+        tile_size=act_tile_size,
+        qtype=act_qtype,
+        calibration_method=act_calibration_method,
+    )
+    return _fused.fused_dot_general(
+        x,
+        w_up,
+        numbers,
+        {**fused, "activation": activation},
+        gate=w_gate,
+        gate_bias=gate_bias,
         act_how=act_how,
         implementation=implementation,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
     )
 
 
@@ -173,15 +241,20 @@ def explain(
     act_calibration_method: str = "absmax",
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
+    w_gate: Any = None,
+    gate_bias: Any = None,
+    **fused: Unpack[FusedOptions],
 ) -> Explanation:
     """Says, without running anything, which implementation an op gets on a chip, why, and what it costs.
 
     Args:
-      op: "dot", "dot_general" (with `dimension_numbers`), or einsum subscripts such as "btd,dnh->btnh".
+      op: "dot", "dot_general" (with `dimension_numbers`), "gated_dot" (with `w_gate`, rhs being w_up), or
+        einsum subscripts such as "btd,dnh->btnh".
       lhs, rhs: operands, or their shapes: `jax.ShapeDtypeStruct`, a QArray of them, or (shape, dtype).
       dimension_numbers: of "dot_general".
       chip: "v5e", "v5p", "v6e", "v7x", "h100", "b200" or "cpu"; the local device by default.
-      act_qtype, ..., preferred_element_type: as for `qdot_general`.
+      act_qtype, ..., preferred_element_type, **fused: as for `qdot_general`; arrays may be shapes as well.
+      w_gate, gate_bias: as for `qgated_dot`.
 
     Returns:
       `qwix_kernels.dispatch.Explanation`: `chosen`, `config`, `estimate`, `rejected` ((name, reason), ...).
@@ -196,29 +269,32 @@ def explain(
     >>> explain("dot", ((16, 256), "bfloat16"), w, chip="cpu").chosen
     'xla'
     """
-    lhs, rhs = _abstract(lhs), _abstract(rhs)
+    lhs, rhs, w_gate = _abstract(lhs), _abstract(rhs), _abstract(w_gate)
+    gate_bias, fused = _abstract(gate_bias), {name: _abstract(x) for name, x in fused.items()}
     act = {"tile_size": act_tile_size, "qtype": act_qtype, "calibration_method": act_calibration_method}
     options: dict[str, Any] = {"precision": precision, "preferred_element_type": preferred_element_type}
-    if op in ("dot", "dot_general"):
-        numbers = _dot_numbers(lhs, rhs) if op == "dot" else dimension_numbers
+    if (op == "gated_dot") != (w_gate is not None):
+        raise ValueError("w_gate belongs to op 'gated_dot', which needs it.")
+    if op in ("dot", "dot_general", "gated_dot"):
+        numbers = dimension_numbers if op == "dot_general" else _dot_numbers(lhs, rhs)
         if numbers is None:
             raise ValueError("explain('dot_general', ...) needs dimension_numbers.")
-        side = None if act_qtype is None else _float_side(lhs, rhs)
-        if side is not None:
-            how = _dot.get_how_to_quantize(
-                dimension_numbers=numbers, ndims=(len(lhs.shape), len(rhs.shape)), for_lhs=side == 0, **act
-            )
-            if side == 0:
-                options["act_how"] = how
-            else:
-                rhs = jax.eval_shape(lambda x: _qarray.quantize(x, how), rhs)
-        problem = _dot.matmul_problem(lhs, rhs, numbers, **options)
+        lhs, rhs, options["act_how"] = _with_act(lhs, rhs, numbers, **act)
+        if _given(fused) or w_gate is not None:
+            gate = {"gate": w_gate, "gate_bias": gate_bias}
+            problem = _fused.fused_problem(lhs, rhs, numbers, fused, **gate, **options)
+        else:
+            problem = _dot.matmul_problem(lhs, rhs, numbers, **options)
     elif "," in op:
+        if _given(fused):
+            raise ValueError(f"Nothing is fused into an einsum; leave out {', '.join(fused)}.")
         if act_qtype is not None:
             options["act_how"] = _einsum_act(op, (lhs, rhs), **act)
         problem = _einsum.matmul_problem(op, lhs, rhs, **options)
     else:
-        raise ValueError(f"op is {op!r}; it must be 'dot', 'dot_general' or subscripts of two operands.")
+        raise ValueError(
+            f"op is {op!r}; it must be 'dot', 'dot_general', 'gated_dot' or subscripts of two operands."
+        )
     if problem is None:
         raise ValueError(
             f"No quantized kernel is involved in {op!r} of {lhs!r} and {rhs!r}: XLA computes it. "
@@ -230,6 +306,36 @@ def explain(
 def _dot_numbers(lhs: Any, rhs: Any) -> DotDimensionNumbers:
     a, b = len(lhs.shape), len(rhs.shape)
     return (((), ()) if 0 in (a, b) else ((a - 1,), (max(b - 2, 0),))), ((), ())
+
+
+def _with_act(
+    lhs: Any, rhs: Any, numbers: DotDimensionNumbers, *, qtype: Any, **act: Any
+) -> tuple[Any, Any, HowToQuantize | None]:
+    """The operands and how the lhs is quantized on the way; a float rhs is quantized here."""
+    if qtype is None:
+        return lhs, rhs, None
+    side = _float_side(lhs, rhs)
+    how = _dot.get_how_to_quantize(
+        dimension_numbers=numbers,
+        ndims=(len(lhs.shape), len(rhs.shape)),
+        for_lhs=side == 0,
+        qtype=qtype,
+        **act,
+    )
+    if side == 0:
+        return lhs, rhs, how
+    if isinstance(rhs, jax.ShapeDtypeStruct):
+        return lhs, jax.eval_shape(lambda x: _qarray.quantize(x, how), rhs), None
+    return lhs, _qarray.quantize(jnp.asarray(rhs), how), None
+
+
+def _given(fused: FusedOptions) -> bool:
+    """Whether anything is fused."""
+    unknown = set(fused) - FusedOptions.__optional_keys__
+    if unknown:
+        known = ", ".join(sorted(FusedOptions.__optional_keys__))
+        raise TypeError(f"Unknown keyword {', '.join(sorted(unknown))}; what can be fused: {known}.")
+    return any(x is not None for name, x in fused.items() if name != "norm_eps")
 
 
 def _einsum_act(subscripts: str, operands: Sequence[Any], **act: Any) -> HowToQuantize:
@@ -255,4 +361,4 @@ def _abstract(x: Any) -> Any:
     """Shapes and dtypes of an operand in any form that `explain` takes."""
     if isinstance(x, tuple) and len(x) == 2 and not hasattr(x, "shape"):
         return jax.ShapeDtypeStruct(tuple(x[0]), jnp.dtype(x[1]))
-    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), x)
+    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype) if hasattr(v, "shape") else v, x)
