@@ -1,4 +1,4 @@
-"""What all core tests share: a dot's analytic bound."""
+"""What all core tests share: a dot's analytic bound, and training that is exact."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qwix._src.core import layout, qarray
+from qwix._src.core.qt_config import QtConfig
 
 
 def magnitude(x) -> np.ndarray:
@@ -54,3 +55,34 @@ def check_einsum():
 def normal():
     """normal(seed, *shape, dtype): reproducible values."""
     return lambda seed, *shape, dtype=jnp.float32: jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def powers_of_two(shape) -> np.ndarray:
+    """Scales 1, 2, 4, 8, 1, ... of this shape."""
+    return 2.0 ** (np.arange(int(np.prod(shape))) % 4).reshape(shape)
+
+
+@pytest.fixture(scope="session")
+def exact_training():
+    """Everything that makes quantized training exact, so that it can be compared to integer arithmetic.
+
+    Operands are small integers times powers of two that are known as their scales, gradients small integers
+    that a fixed range holds as they are, also after those scales have moved into them.
+    """
+
+    def operand(rng, shape, how):
+        scale = layout.broadcast_array(jnp.array(powers_of_two(qarray.get_scale_shape(shape, how))), shape)
+        return jnp.array(rng.integers(-3, 4, shape), jnp.float32) * scale.astype(jnp.float32)
+
+    known = lambda stat: {"absmax": jnp.array(127.5 * powers_of_two(stat["absmax"].shape), jnp.float32)}
+    config = QtConfig(
+        lhs_qtype="int8",
+        rhs_qtype="int8",
+        lhs_collect_quant_stat=known,
+        rhs_collect_quant_stat=known,
+        dlhs_grad_qtype="int8",
+        drhs_grad_qtype="int8",
+        dlhs_grad_calibration_method="fixed,127.5",
+        drhs_grad_calibration_method="fixed,127.5",
+    )
+    return operand, config

@@ -167,7 +167,17 @@ def _is_float(x: Operand) -> bool:
 def _clip_gradient(x: jax.Array, ranges: Calibration, method: str) -> jax.Array:
     """x, whose gradient is zero outside of its calibrated range."""
     inside = calibration.inside_calibration(jax.lax.stop_gradient(x), ranges, method)
-    return x if inside is None else jnp.where(inside, x, jax.lax.stop_gradient(x))
+    return x if inside is None else _masked_gradient(x, inside)
+
+
+@jax.custom_vjp
+def _masked_gradient(x: jax.Array, inside: jax.Array) -> jax.Array:
+    """x. Only the mask is kept, where `jnp.where(inside, x, stop_gradient(x))` keeps zeros besides."""
+    del inside
+    return x
+
+
+_masked_gradient.defvjp(lambda x, inside: (x, inside), lambda inside, g: (jnp.where(inside, g, 0), None))
 
 
 def _noises(config: QtConfig) -> tuple[list[Any], tuple[int | None, int | None]]:
