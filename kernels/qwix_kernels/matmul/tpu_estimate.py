@@ -50,9 +50,12 @@ _SCALE_WEIGHT_16 = 0.8
 # Cycles to hand 1024 weights to the matrix units, by their columns: in bfloat16, and in 8 bits.
 _PUSH = {128: (0.28, 0.28), 256: (0.46, 0.29)}
 _SCALE_PARTIAL = 2.2  # multiply and add
-_QUANTIZE_ROW = {"int": 9.0, "float8": 15.0, "native": 5.0}
+# Rows, without and with `bf16_math`; a tile of one register more, each exchange of lanes in a narrower one.
+_QUANTIZE_ROW = {"int": (8.0, 6.8), "float8": (11.0, 8.8), "native": (5.0, 4.3)}
+_TILE_SCALE, _EXCHANGE, _NORM = 7.0, 7.2, 11.0
 _ACTIVATION = {None: 0.0, "relu": 1.0, "relu6": 2.0, "silu": 8.0, "gelu_tanh": 12.0, "gelu": 30.0}
 _NOT_HIDDEN = 0.4  # of the lesser of matrix and vector work
+_NOT_HIDDEN_SUMS = 0.1  # where running sums stay in registers, see `Plan.sub_m`
 _RUNNING_SUM = 4.0  # cycles per 1024 elements
 _STEP_CYCLES = 130  # of a grid step, whatever its blocks
 _VALU = 4 * 1024
@@ -134,7 +137,7 @@ def _epilogue_ops(p: MatmulProblem) -> float:
     if e is None:
         return 0.0
     each = e.bias + e.gate_bias + e.gate + 1.5 * (e.residual is not None) + _ACTIVATION[e.activation]
-    return each + (_QUANTIZE_ROW["float8" if is_fp8(p.out_dtype) else "int"] if e.quantize else 0.0)
+    return each + (_QUANTIZE_ROW["float8" if is_fp8(p.out_dtype) else "int"][False] if e.quantize else 0.0)
 
 
 def _exact_run(p: MatmulProblem) -> int:
@@ -249,7 +252,8 @@ def _compute_us(plan: Plan, chip: Chip) -> float:
     vector = _weight_ops(plan, chip) + _partial_ops(plan)
     # A running sum in VMEM is read, added to and written by nothing that the matrix unit hides.
     sums = _RUNNING_SUM * plan.block_m * _lanes(plan.block_n) / 1024 if steps > 1 else 0
-    step = max(matrix, vector / 4) + _NOT_HIDDEN * min(matrix, vector / 4) + sums
+    apart = _NOT_HIDDEN_SUMS if plan.sub_m < plan.block_m else _NOT_HIDDEN
+    step = max(matrix, vector / 4) + apart * min(matrix, vector / 4) + sums
     cycles = b * rows * columns * steps * (plan.problem.products * step + _STEP_CYCLES)
     last = _epilogue_ops(plan.problem) / 4 * plan.block_m * _lanes(plan.block_n) / 1024
     cycles += b * rows * columns * last
@@ -296,13 +300,15 @@ def _pushes_bytes(plan: Plan, chip: Chip) -> bool:
 
 def _row_ops(plan: Plan) -> float:
     """Vector operations on the rows of one block."""
-    p = plan.problem
+    p, tile = plan.problem, plan.lhs_tile
     if q := p.quantize_lhs:
         kind = "int" if not is_fp8(q.dtype) else "native" if plan.lhs_dot == q.dtype else "float8"
-        each = _QUANTIZE_ROW[kind] + 6 * (plan.lhs_tile > 0)
+        each = _QUANTIZE_ROW[kind][plan.bf16_math] - q.static
+        each += _TILE_SCALE * LANES / max(tile, LANES) if tile else 0
+        each += _EXCHANGE * math.log2(tile) if 0 < tile < LANES and not q.static else 0
     else:
         each = _widen(p.lhs.codebook or p.lhs.dtype) + 1 + plan.folds_lhs
-    return each * plan.block_m * plan.block_k / 1024
+    return (each + _NORM * (p.norm is not None)) * plan.block_m * plan.block_k / 1024
 
 
 def _widen(dtype: str, chip: Chip | None = None) -> float:
