@@ -128,7 +128,7 @@ def test_explain(layer):
     [
         ({"activation": "swish"}, ValueError, "Unknown activation 'swish'"),
         ({"bias": jnp.zeros(64)}, ValueError, r"bias has shape \(64,\); .* free axes of rhs, \(32,\)"),
-        ({"residual": jnp.zeros((6, 32))}, ValueError, r"residual has shape \(6, 32\); the result has \(2, 3"),
+        ({"residual": jnp.zeros((6, 32))}, ValueError, r"residual has shape \(6, 32\); the result"),
         ({"norm_weight": jnp.zeros(32)}, ValueError, r"norm_weight has shape \(32,\); it must be \(64,\)"),
         ({"act_scale": 0.1}, ValueError, "act_scale needs act_qtype"),
         ({"act_scale": 0.1, "act_qtype": "nf4"}, ValueError, "act_scale needs act_qtype"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from qwix_kernels.chips import Chip
 from qwix_kernels.dispatch import Estimate
-from qwix_kernels.problem import MatmulProblem, Operand, RowQuantize, dtype_bits
+from qwix_kernels.problem import Epilogue, MatmulProblem, Operand, RowQuantize, dtype_bits
 
 # Read from the TPU compiler's static schedules of 1024 x 4096 x 4096 on v5e, v6e and v7x, where they agree
 # within a third: its own bf16 matmul against the unit's peak; row quantization, as the bytes per element that
@@ -17,12 +17,21 @@ _MATMUL = 1.06
 _QUANTIZE_BYTES = 17
 _DEQUANTIZE_CYCLES = 0.009
 _WIDEN_CYCLES = 0.005
-# What nothing overlaps: the first window of the operands, and the op that lays out the scales:
-# 1.1 to 1.3 us on these chips for K and N of 576 to 4096.
+# From 16 to 256 rows times 576 x 1536 to 2048 x 2048: how much less widening costs for few rows (once per
+# block of rows); three ops more to quantize rows, however few; and what it takes to unpack 4-bit weights.
+_WIDEN_ONCE = 0.1
+_QUANTIZE_US = 3.6
+_UNPACK_US = 12.0
+_UNPACK_CYCLES = 0.012
+_NO_BF16_MATH = 1.4
+# Partial results of this many bytes stay on the chip between the tiles of K.
+_KEPT_BYTES = 8 << 20
+# What nothing overlaps: the first window of the operands, and the ops that convert and lay out the scales,
+# 1.1 to 1.3 us each on these chips for K and N of 576 to 4096.
 _WINDOW_BYTES = 4 << 20
-_SCALES_US = 1.2
+_SCALES_US = 2.4
 # One turn of a loop of XLA ops on an accelerator, however small.
-_LOOP_TURN_US = 2.0
+_LOOP_TURN_US = 1.0
 
 
 def multiplied(problem: MatmulProblem) -> tuple[str, str]:
@@ -76,23 +85,47 @@ def xla_estimate(problem: MatmulProblem, chip: Chip) -> Estimate:
     if p.quantize_lhs:
         count = p.lhs.batch * p.m * p.k
         moved += operand_bytes(p.lhs, p.k) + count * dtype_bits(p.quantize_lhs.dtype) / 8
-        before += count * _QUANTIZE_BYTES * per_byte
+        before += count * _QUANTIZE_BYTES * per_byte + _QUANTIZE_US * (chip.platform == "tpu")
     tiles = [t for t in (p.lhs.tile_k, p.rhs.tile_k, p.quantize_lhs.tile_k if p.quantize_lhs else 0) if t]
     turns = p.k // min(tiles) if tiles else 1
     if turns > 1 and _is_byte(p.lhs, p.quantize_lhs) and _is_byte(p.rhs, None):
-        partial = turns * 2 * result_bytes(p, "float32")
+        kept = result_bytes(p, "float32") <= _KEPT_BYTES
+        partial = 0 if kept else turns * 2 * result_bytes(p, "float32")
         moved += partial
         before += max(partial * per_byte, turns * _LOOP_TURN_US)
     elif turns > 1:
         moved += 2 * 2 * weights
         before += max(2 * 2 * weights * per_byte, weights * _DEQUANTIZE_CYCLES * per_cycle)
+        if chip.platform == "tpu" and p.rhs.bits == 4 and not p.rhs_transposed:
+            slow = 1 if chip.bf16_math else _NO_BF16_MATH
+            before += _UNPACK_US + (_UNPACK_CYCLES * slow - _DEQUANTIZE_CYCLES) * weights * per_cycle
     elif not chip.is_native(*multiplied(p)):
-        compute = max(compute, weights * _WIDEN_CYCLES * per_cycle)
+        often = min(1.0, _WIDEN_ONCE + p.batch * p.m / 1024)
+        compute = max(compute, weights * _WIDEN_CYCLES * often * per_cycle)
     before += min(compute, memory, _WINDOW_BYTES * per_byte)
     if p.lhs.is_quantized or p.rhs.is_quantized:
         before += _SCALES_US
+    apart = _apart_bytes(p)
+    moved += apart
+    before += apart * per_byte
     static = max(compute, memory) + before
     return Estimate(compute, memory + moved * per_byte, static, max(least), "after the compiler's schedules")
+
+
+def _apart_bytes(p: MatmulProblem) -> float:
+    """Bytes that XLA's passes round its matmuls move: what they do not fuse into one of them.
+
+    A row is normalised in two passes; the second product of a gate is fused with what follows, the first one
+    waits in HBM; scales of a result need all of a row, so quantizing it reads it twice.
+    """
+    e, moved = p.epilogue or Epilogue(), 0.0
+    if p.norm:
+        moved += 3 * operand_bytes(p.lhs, p.k)
+    if e.gate:
+        moved += 2 * result_bytes(p, "float32")
+    if e.quantize:
+        moved += (3 if e.scales_out else 1) * result_bytes(p, "float32")
+    return moved
 
 
 def result_bytes(p: MatmulProblem, dtype: str | None = None) -> float:
