@@ -77,6 +77,7 @@ class Explanation:
         if self.config is not None:
             lines.append(f"  config ({self.config_source}): {self.config}")
             lines.append(f"  tuned: {self.tuned or 'no'}")
+        lines += [f"  how: {e.note}"] if e.note else []
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected]
         return "\n".join(lines)
 
