@@ -1,4 +1,4 @@
-"""States of ops in training: statistics of static scales, masks of sparsity; and what inference makes of them."""
+"""States of ops in training: statistics of static scales and masks of sparsity, and what becomes of them."""
 
 import flax.linen as nn
 import jax
@@ -108,7 +108,7 @@ def test_a_trained_linen_model_is_quantized_with_its_statistics():
     variables = model.init(KEY, X)
     step = jax.jit(lambda v, x: model.apply(v, x, mutable=["quant_stats"]))
     for scale in (1.0, 2.0):
-        out, new = step(variables, scale * X)
+        _, new = step(variables, scale * X)
         variables = variables | new
     sums = variables["quant_stats"]["layers"]["Dense_0"][NAME]["sum_of_absmax"]
     assert sums.shape == (3, 1, 1) and (jnp.diff(sums[:, 0, 0]) > 0).all()  # each layer has its own
