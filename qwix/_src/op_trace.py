@@ -23,7 +23,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -60,7 +60,7 @@ class Handler(Protocol):
     counts_loops: bool
     trains: bool
     emitted: dict[Any, Any]
-    params: Mapping[int, tuple[Any, WeightInfo]]
+    params: dict[int, tuple[Any, WeightInfo]]
 
     def bookmark(self) -> Callable[[], None]:
         """Returns what sets the op counters back to where they are now."""
@@ -341,7 +341,7 @@ def _scan(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> list[A
         params["jaxpr"], len(consts) + len(carry), xs
     )
 
-    def body(carry: list[Any], step: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
+    def body(carry: list[Any], step: tuple[Any, list[Any]]) -> tuple[list[Any], Any]:
         index, leaves = step
         row = [leaf if r is None else r.with_payload(leaf) for r, leaf in zip(rows, leaves, strict=True)]
         layer = (*trace.layer, index) if layered and trace.layer is not None else None

@@ -232,8 +232,10 @@ def _dot(plan: OpPlan, operands: list[Any], params: dict[str, Any], config: Any)
         back = swap_back(dnums, operands)
         operands, dnums, precision = operands[::-1], swapped(dnums), swapped_precision(precision)
         config = qt_plan.exchanged(config)
+    lhs, rhs = operands
     out = dot_general_qt(
-        *operands,
+        lhs,
+        rhs,
         dnums,
         config,
         precision=precision,
@@ -246,13 +248,17 @@ def _dot(plan: OpPlan, operands: list[Any], params: dict[str, Any], config: Any)
 def _convolution(plan: OpPlan, operands: list[Any], params: dict[str, Any], config: Any) -> jax.Array:
     del plan
     options = params | {"preferred_element_type": result_dtype(operands, params)}
-    return conv_general_qt(*operands, config, **options)
+    lhs, rhs = operands
+    return conv_general_qt(lhs, rhs, config, **options)
 
 
 def _ragged(plan: OpPlan, operands: list[Any], params: dict[str, Any], config: Any) -> jax.Array:
     del plan
+    lhs, rhs, group_sizes, *_ = operands
     return ragged_dot_qt(
-        *operands[:3],
+        lhs,
+        rhs,
+        group_sizes,
         config,
         precision=params["precision"],
         preferred_element_type=result_dtype(operands, params),

@@ -35,8 +35,8 @@ def prepare(model: nnx.Module, provider: QtProvider, methods: Sequence[str]) -> 
     object.__setattr__(model, "__class__", model_class.make(base, provider, tuple(every), call))
 
 
-def call(provider: QtProvider, base: type, method: str, model: Any, args: Any, kwargs: Any) -> Any:
-    """One call of a converted model."""
+def call(provider: Any, base: type, method: str, model: Any, args: Any, kwargs: Any) -> Any:
+    """One call of a converted model, of a `QtProvider`."""
     model, args, kwargs = provider.process_model_inputs(model, args, kwargs)
     fn = getattr(base, method)
     modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}

@@ -137,12 +137,13 @@ def make_config(plan: OpPlan, rule: QtRule, noise_fn: Any, collect: Sequence[Col
             f"d{name}_tile_size": rule.bwd_weight_grad_tile_size if is_weight else None,
             f"d{name}_stochastic_rounding_noise_fn": noise_fn,
         }
-    return QtConfig(**{**fields, **rule.extra, "sparsity_rule": None})
+    fields |= {**rule.extra, "sparsity_rule": None}
+    return QtConfig(**fields)
 
 
 def exchanged(config: QtConfig) -> QtConfig:
     """The config of the same op with its sides exchanged."""
-    fields = {}
+    fields: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         side, _, rest = field.name.partition("_")
         name = f"{_EXCHANGE[side]}_{rest}" if side in _EXCHANGE else field.name

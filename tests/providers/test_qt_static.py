@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qwix
 
@@ -119,7 +119,7 @@ def test_a_trained_linen_model_is_quantized_with_its_statistics():
 
 
 def test_statistics_of_a_sharded_batch_are_those_of_the_whole(devices):
-    mesh = jax.make_mesh((8,), ("data",), devices=devices)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     sharded = jax.device_put(X, NamedSharding(mesh, PartitionSpec("data")))
     model = qwix.quantize_model(nn.Dense(16), qwix.QtProvider(rule(bwd_qtype="int8")))
     variables = jax.device_put(model.init(KEY, X), NamedSharding(mesh, PartitionSpec()))
