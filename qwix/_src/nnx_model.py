@@ -238,7 +238,8 @@ def convert(model: nnx.Module, provider: qconfig.QuantizationProvider, found: Ma
 
 def _quantize(slot: Slot, what: Found, provider: Any) -> WithAux:
     raw = slot.value.get_raw_value()
-    kwargs = {"info": what.info, "lifted": what.lifted, "_qarray_module": provider._qarray}
+    kwargs = {"info": what.info, "lifted": what.lifted, "prepacked": provider.prepack}
+    kwargs["_qarray_module"] = provider._qarray
     if isinstance(raw, jax.ShapeDtypeStruct):
         return jax.eval_shape(
             lambda x: create_quantized_param(slot.name, slot.value.copy(x), what.how, **kwargs), raw

@@ -14,6 +14,7 @@ from flax.core import FrozenDict
 
 from qwix._src import static_range
 from qwix._src.core import layout, qarray
+from qwix._src.core.transposed_qarray import TransposedQArray
 from qwix._src.utils import flax_util
 from qwix._src.with_aux import WithAux
 
@@ -119,11 +120,15 @@ def _convert(path: Path, value: Any, template: Any, qarray_module: Any) -> Any:
     shape = tuple(template.array.shape)
     if np.prod(value.shape) != np.prod(shape):
         raise ValueError(f"{_text(path)} has shape {value.shape}, but the quantized model's is {shape}.")
-    if not isinstance(template.array, qarray.QArray):
+    packed = template.array
+    if not isinstance(packed, qarray.QArray | TransposedQArray):
         return template.replace(array=value)
     qarray.check_finite(value, f"The weight {_text(path)!r}")
     quantized = qarray_module.quantize(jax.numpy.asarray(value).reshape(shape), template.how)
-    return template.replace(array=with_scale_shape(quantized, template.array.scale.shape))
+    if isinstance(packed, TransposedQArray):
+        quantized = with_scale_shape(quantized, packed.scale_shape)
+        return template.replace(array=TransposedQArray.of(quantized, packed.layout, packed.side))
+    return template.replace(array=with_scale_shape(quantized, packed.scale.shape))
 
 
 def with_scale_shape(quantized: qarray.QArray, shape: Sequence[int]) -> qarray.QArray:
@@ -163,7 +168,7 @@ def _pure(value: Any) -> Iterator[tuple[Path, Any]]:
     """(rest of the path, leaf) of a value as a pure dict of an NNX model has it."""
     if not isinstance(value, WithAux):
         yield (), value
-    elif isinstance(value.array, qarray.QArray):
+    elif isinstance(value.array, qarray.QArray | TransposedQArray):
         for name in ("qvalue", "scale", "zero_point"):
             if (child := getattr(value.array, name)) is not None:
                 yield ("array", name), child

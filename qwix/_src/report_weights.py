@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from qwix._src import prepack
 from qwix._src.core import numerics, qarray
 from qwix._src.report_records import OpRecord, device_bytes, sqnr_db
 from qwix._src.utils import flax_util
@@ -61,7 +62,7 @@ def _is_with_aux(value: Any) -> bool:
 
 
 def _payload(value: Any) -> Any:
-    return flax_util.unbox(value.array if _is_with_aux(value) else value)
+    return prepack.unpack(flax_util.unbox(value.array if _is_with_aux(value) else value))
 
 
 def measured(record: OpRecord, stored: Weights, floats: Weights) -> OpRecord:

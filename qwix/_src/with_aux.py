@@ -6,6 +6,7 @@ know, see op_trace); anywhere else a jnp function gets the dequantized array.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ import flax.struct
 import jax
 from flax import nnx
 
-from qwix._src import qconfig
+from qwix._src import prepack, qconfig
 from qwix._src.core import qarray
 from qwix._src.utils import flax_util
 from qwix._src.weight import WeightInfo, tag
@@ -27,7 +28,8 @@ class WithAux[T]:
     """A quantized param (or a static scale), how it was quantized, and whose it is.
 
     Attributes:
-      array: QArray whose fields carry the param's boxes (nnx.Param, linen Partitioned), or a plain scale.
+      array: QArray whose fields carry the param's boxes (nnx.Param, linen Partitioned), a TransposedQArray of
+        such fields where the weight is prepacked, or a plain scale.
       how: how it was quantized, in the param's own layout.
       info: the param's path and rule; None if made by hand.
 
@@ -44,8 +46,8 @@ class WithAux[T]:
 
     @property
     def unboxed(self) -> Any:
-        """The QArray or array, without boxes."""
-        return flax_util.unbox(self.array)
+        """The QArray or array, without boxes; of a prepacked weight the QArray that it was made from."""
+        return prepack.unpack(flax_util.unbox(self.array))
 
     @property
     def value(self) -> Any:
@@ -54,7 +56,7 @@ class WithAux[T]:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.unboxed.shape)
+        return tuple(flax_util.unbox(self.array).shape)
 
     @property
     def ndim(self) -> int:
@@ -62,12 +64,12 @@ class WithAux[T]:
 
     @property
     def size(self) -> int:
-        return self.unboxed.size
+        return math.prod(self.shape)
 
     @property
     def dtype(self) -> Any:
         """The dtype of the float weight."""
-        return self.unboxed.dtype
+        return flax_util.unbox(self.array).dtype
 
     def __jax_array__(self) -> jax.Array:
         payload = self.unboxed

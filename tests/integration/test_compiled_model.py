@@ -189,3 +189,57 @@ def test_a_second_call_of_a_linen_model_compiles_nothing(compiles, jitted):
     compiles.clear()
     apply(params, other)
     assert not compiles
+
+
+# --- weights of three axes
+
+
+class Heads(nnx.Module):
+    """Projections as attention layers have them: to heads, from heads, and with the heads in front."""
+
+    def __init__(self, rngs):
+        options = {"use_bias": False, "rngs": rngs, "dtype": jnp.bfloat16}
+        self.to_proj = nnx.LinearGeneral(512, (4, 128), **options)
+        self.from_proj = nnx.LinearGeneral((4, 128), 512, axis=(-2, -1), **options)
+        self.first_proj = nnx.Einsum("btd,ndh->btnh", (4, 512, 128), None, rngs=rngs, dtype=jnp.bfloat16)
+
+    def __call__(self, x):
+        x = x + self.from_proj(self.to_proj(x))
+        return x + self.first_proj(x).reshape(x.shape)
+
+
+class LinenHeads(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        options = {"use_bias": False, "dtype": jnp.bfloat16}
+        y = nn.DenseGeneral((4, 128), name="to_proj", **options)(x)
+        return nn.DenseGeneral(512, axis=(-2, -1), name="from_proj", **options)(y)
+
+
+def heads_text(kind: str, scheme: str, prepack: bool) -> str:
+    x = jax.ShapeDtypeStruct((1, 40, 512), jnp.bfloat16)
+    # Tiles lie along the last contracted axis, which is the 128 of from_proj.
+    provider = qwix.PtqProvider(rules(scheme), prepack=prepack)
+    if kind == "linen":
+        model = qwix.quantize_model(LinenHeads(), provider)
+        params = jax.eval_shape(model.init, jax.random.key(0), x)
+        return compile_for("v5e", model.apply, bfloat16(params), x).as_text()
+    make = lambda: qwix.quantize_model(Heads(nnx.Rngs(0)), provider, jnp.zeros(x.shape, x.dtype))
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    return compile_for("v5e", lambda s, x: nnx.merge(graphdef, s)(x), bfloat16(state), x).as_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [("nnx", "w8a8"), ("linen", "int8")]
+    + [pytest.param("nnx", scheme, marks=pytest.mark.large) for scheme in ("int4", "nf4", "fp8")]
+    + [pytest.param("linen", scheme, marks=pytest.mark.large) for scheme in ("w8a8", "int4", "nf4", "fp8")],
+)
+def test_prepacked_weights_of_three_axes_are_not_copied(kind, scheme):
+    text = heads_text(kind, scheme, prepack=True)
+    assert compiled.kernels(text).total() == (3 if kind == "nnx" else 2)
+    assert compiled.relayouts(text, [512 * 512]) == []
+
+
+def test_prepacking_is_what_saves_the_copies():
+    assert len(compiled.relayouts(heads_text("nnx", "w8a8", prepack=False), [512 * 512])) >= 2

@@ -153,13 +153,14 @@ def _short(x: Any) -> str:
 
 
 def is_quantized(x: Any) -> bool:
-    """Whether this leaf of a model holds quantized values: a QArray, or a box with one in `.array`.
+    """Whether this leaf of a model holds quantized values: a QArray, prepacked or not, or a box with one.
 
     >>> import qwix
     >>> is_quantized(qwix.quantize(jnp.ones(4), "int8")), is_quantized(jnp.ones(4))
     (True, False)
     """
-    return isinstance(x, QArray) or isinstance(getattr(x, "array", None), QArray)
+    array = getattr(x, "array", x)
+    return isinstance(array, QArray) or hasattr(array, "to_qarray")
 
 
 def validate_qarray(array: QArray) -> None:

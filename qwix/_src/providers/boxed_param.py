@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from qwix._src import op_plan, op_trace, qconfig, weight_view
+from qwix._src import op_plan, op_trace, prepack, qconfig, weight_view
 from qwix._src.core import conv_general, dot_general, qarray
 from qwix._src.dot_sides import result_dtype, swap_back, swapped, swapped_precision
 from qwix._src.model_weights import make_record, named_einsum, note_opaque, op_name
@@ -35,6 +35,8 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
     Args:
       rules: in order; the first that matches an op's module path and name decides about it.
       disable_jit: run the model under `jax.disable_jit()`.
+      prepack: store weights of more than two axes as kernels read them, which saves a copy in every call;
+        `WithAux.array` is then a `TransposedQArray`, `WithAux.unboxed` the QArray all the same.
     """
 
     def __init__(
@@ -42,11 +44,13 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         rules: Sequence[qconfig.QuantizationRule] | qconfig.QuantizationRule,
         *,
         disable_jit: bool = False,
+        prepack: bool = False,
         _qarray_module: types.ModuleType = qarray,
         _dot_general_fn: Callable[..., jax.Array] = dot_general.dot_general,
         _conv_general_dilated_fn: Callable[..., jax.Array] = conv_general.conv_general_dilated,
     ):
         super().__init__(rules, disable_jit=disable_jit)
+        self.prepack = prepack
         self._qarray = _qarray_module
         self._dot_general_fn = _dot_general_fn
         self._conv_general_dilated_fn = _conv_general_dilated_fn
@@ -234,8 +238,9 @@ def create_quantized_param(
     *,
     info: Any = None,
     lifted: Sequence[int] = (),
+    prepacked: bool = False,
     _qarray_module: Any = qarray,
-) -> WithAux[qarray.QArray]:
+) -> WithAux[Any]:
     """A param, quantized.
 
     Args:
@@ -244,6 +249,8 @@ def create_quantized_param(
       how: in the layout of `value`.
       info: whose weight it is.
       lifted: axes along which every index must have scales of its own, even where the method shares them.
+      prepacked: store it as kernels read it (see prepack.py); not where it's several weights, nor where its
+        axes have partition names.
 
     Returns:
       A WithAux whose QArray's fields are in boxes like that of `value`, with its partition names.
@@ -259,6 +266,9 @@ def create_quantized_param(
     if lifted:
         scale_shape = [raw.shape[a] if a in lifted else n for a, n in enumerate(quantized.scale.shape)]
         quantized = with_scale_shape(quantized, scale_shape)
+    several = bool(lifted) or (info is not None and info.mapped)
+    if prepacked and not several and not prepack.is_partitioned(value):
+        quantized = prepack.prepack(quantized, how)
     boxed = jax.tree.map(lambda child: flax_util.update_boxed(value, value=child), quantized)
     return WithAux(boxed, how, info)
 
