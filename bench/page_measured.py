@@ -12,8 +12,8 @@ def cpu_section(cpu: Mapping[str, Any]) -> Iterator[str]:
     """Ratios that `bench.qdot --json` wrote."""
     yield "## CPU, measured"
     yield (
-        "Wall clock of `python -m bench.qdot --static=false`, programs in turn in one process (google/qwix in "
-        "one of its own), as ratios of times with the quartiles over the rounds; under 1 is faster. Not "
+        "Wall clock of `python -m bench.qdot --static=false`, programs in turn in one process (google/qwix "
+        "in one of its own), as ratios of times with the quartiles over the rounds; under 1 is faster. Not "
         "comparable with anything static."
     )
     others = {"float32": "x jnp float32", "bfloat16": "x jnp bfloat16", "reference": "x google/qwix"}
@@ -41,8 +41,8 @@ def compile_time_section(compile_time: Mapping[str, Any]) -> Iterator[str]:
     """Ratios that `bench.compile_time --json` wrote."""
     yield "## Compile time, measured"
     yield (
-        "`python -m bench.compile_time`: wall clock of lowering and compiling the SmolLM2 example, over the "
-        "same of its bfloat16 original, in turn in one process."
+        "`python -m bench.compile_time`: processor time to trace, lower and compile the SmolLM2 example, "
+        "over that of its bfloat16 original, in turn in one process; for a TPU by its own compiler."
     )
     header = ("scheme", "for", "x bfloat16", "quartiles", "HLO instructions, x bfloat16", "kernels")
     yield table(
