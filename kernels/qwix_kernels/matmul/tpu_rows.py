@@ -17,6 +17,8 @@ kilocycles for the rows of 1024 x 4096:
                      two native tiles of rows, bound by the vector unit at 12 operations.
                      rejected: the side by side scales, 31 (XLU); maxima on packed bfloat16, 15.4 (relayouts);
                      scales kept in VMEM between a pass of maxima and one of products, 14.5
+    w8a8_g32    v6e  50 every register finds its own maxima in five exchanges of lanes, bound by the XLU
+                     -> 29 registers merged on the way, so that the last exchanges are shared by four
     wf8af8      v6e  18 rounding by integer arithmetic on the bits -> 9.1 by adding and subtracting a number
                      whose last place is that of the narrow float
 """
@@ -117,6 +119,7 @@ def _run_scale(plan: Plan, r: Refs, step: jax.Array, at: Any, size: jax.Array, r
         scale = values.spread(r["lhs_scale"], (0, 0, rows), tiles, run)
     else:
         scale = row_scale(values.run_absmax(size, tile), q)
+        scale = scale if tile >= LANES else values.over_run(scale, size.shape[1])
     if plan.spreads_row_scale:
         for t, lo, _ in tiles:
             column = scale if len(tiles) == 1 else scale[:, lo - run.start : lo - run.start + 1]

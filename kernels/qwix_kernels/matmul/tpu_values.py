@@ -211,25 +211,37 @@ def row_absmax(pieces: list[jax.Array]) -> jax.Array:
 def run_absmax(size: jax.Array, tile: int) -> jax.Array:
     """The greatest of the magnitudes of each row and tile of one of `quantized_runs`, in float32.
 
-    [rows, 1] for a run of one tile; as wide as the run, each lane with its tile's, where tiles are less than
-    a register.
+    [rows, 1] for a run of one tile. Tiles of less than a register: [rows, 128], where lane l holds the
+    greatest of the tile round lane l of register l % 4 of the run. Each exchange of lanes between registers
+    halves their number, so that the last exchanges, and what follows, are done once for four registers.
     """
     size = size.astype(jnp.float32)
     if tile >= LANES:
         return jnp.max(size, axis=1, keepdims=True)
-    width = size.shape[1]
-    padded = pl_cdiv(width, LANES) * LANES
-    if padded != width:
-        size = jnp.pad(size, ((0, 0), (0, padded - width)))
+    if size.shape[1] < 4 * LANES:
+        size = jnp.pad(size, ((0, 0), (0, 4 * LANES - size.shape[1])))
     lane = lax.broadcasted_iota(jnp.int32, (size.shape[0], LANES), 1)
-    tops = []
-    for lo in range(0, padded, LANES):
-        top = size[:, lo : lo + LANES]
-        for bit in range(tile.bit_length() - 1):
-            other = jnp.take_along_axis(top, lane ^ (1 << bit), axis=1, mode="promise_in_bounds")
-            top = jnp.maximum(top, other)
-        tops.append(top)
-    return (tops[0] if len(tops) == 1 else jnp.concatenate(tops, axis=1))[:, :width]
+    tops = [size[:, lo : lo + LANES] for lo in range(0, 4 * LANES, LANES)]
+    for bit in range(tile.bit_length() - 1):
+        if len(tops) > 1:
+            odd = (lane >> bit) & 1 == 1
+            mine = [jnp.where(odd, y, x) for x, y in zip(tops[::2], tops[1::2], strict=True)]
+            others = [jnp.where(odd, x, y) for x, y in zip(tops[::2], tops[1::2], strict=True)]
+        else:
+            mine = others = tops
+        tops = [jnp.maximum(m, _take_lanes(o, lane ^ (1 << bit))) for m, o in zip(mine, others, strict=True)]
+    return tops[0]
+
+
+def over_run(x: jax.Array, width: int) -> jax.Array:
+    """What was made of `run_absmax` for tiles of less than a register, spread over all lanes of the run."""
+    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    parts = [_take_lanes(x, (lane & ~3) | j) for j in range(pl_cdiv(width, LANES))]
+    return (parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1))[:, :width]
+
+
+def _take_lanes(x: jax.Array, lanes: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, lanes, axis=1, mode="promise_in_bounds")
 
 
 def inverse(scale: jax.Array, how: RowQuantize) -> jax.Array:
