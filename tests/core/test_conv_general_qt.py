@@ -147,7 +147,9 @@ def test_only_quantized_operands_are_kept(normal):
 
 def test_integers_reach_all_three_convolutions(normal):
     x, w = normal(5, 2, 8, 8, 4), normal(6, 3, 3, 4, 8)
-    step = jax.grad(lambda x, w: conv_general_qt(x, w, ConvGeneralQtConfig(**INT8), **SAME).sum(), (0, 1))
+    step = jax.value_and_grad(
+        lambda x, w: conv_general_qt(x, w, ConvGeneralQtConfig(**INT8), **SAME).sum(), (0, 1)
+    )
     text = jax.jit(step).lower(x, w).as_text()
     convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
     assert len(convolutions) == 3 and all("xi8>" in line and "xi32>" in line for line in convolutions)

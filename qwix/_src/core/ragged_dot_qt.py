@@ -54,10 +54,21 @@ def ragged_dot_qt(
     rows, groups = lhs.shape[0], rhs.shape[0]
     alive = ragged_dot.rows_in_groups(rows, group_sizes, group_offset, groups)[:, None]
     if not isinstance(lhs, qarray.QArray):
-        lhs = jnp.where(alive, lhs, 0)
+        lhs = _zero_rows(lhs, alive)
     _, dtype = qarray.get_accumulator_and_result_type(lhs, rhs, preferred_element_type=preferred_element_type)
     out = qt_vjp.contract(_RaggedDot(precision, groups), lhs, rhs, config, (group_sizes, group_offset), dtype)
-    return jnp.where(alive, out, 0)
+    return _zero_rows(out, alive)
+
+
+@jax.custom_vjp
+def _zero_rows(x: jax.Array, alive: jax.Array) -> jax.Array:
+    """Zeros where `alive` [M, 1] is false, also in the gradient. Keeps no mask of x's shape."""
+    return jnp.where(alive, x, 0)
+
+
+_zero_rows.defvjp(
+    lambda x, alive: (_zero_rows(x, alive), alive), lambda alive, g: (_zero_rows(g, alive), None)
+)
 
 
 def _how(
