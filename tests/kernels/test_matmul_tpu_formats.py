@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from qwix_kernels.chips import CHIPS
 from qwix_kernels.matmul import reference, tpu
 from qwix_kernels.matmul.describe import problem_of
-from qwix_kernels.problem import RowQuantize, Tensor
+from qwix_kernels.problem import CODEBOOKS, RowQuantize, Tensor
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
 FP4, E8M0 = "float4_e2m1fn", "float8_e8m0fnu"
@@ -161,6 +161,34 @@ def test_every_fp4_value_is_exact():
     config = tpu.Config(32, 128, 32, "once")
     got = tpu.run(problem, lhs, rhs, config=config, chip=CHIPS["v6e"], interpret=INTERPRET)
     np.testing.assert_array_equal(got, rhs.values.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("n", [128, 130])
+@pytest.mark.parametrize("tile", [32, 128])
+def test_codebook_with_scales_of_every_sign(tile, n):
+    """Looked up with their scales where columns fill registers, one by one where not; NaN stays put."""
+    rng = np.random.default_rng(9)
+    lhs = Tensor(stored(rng, "bfloat16", (1, 8, 128)))
+    scale = jnp.asarray(rng.standard_normal((1, 128 // tile, n)), jnp.float32)
+    scale = (
+        scale.at[0, 0, 3].set(0).at[0, 0, 4].set(jnp.nan).at[0, 0, 5].set(-1.0).at[0, 0, 6].set(-(2.0**-125))
+    )
+    rhs = Tensor(stored(rng, "uint4", (1, 128, n)), scale, None, "nf4")
+    problem = problem_of(lhs, rhs, out_dtype="float32")
+    config = tpu.Config(8, n, 128, "once" if tile == 128 else "before")
+    check(problem, lhs, rhs, "v6e", config)
+
+
+def test_every_code_is_rounded_once():
+    """Sixteen entries, in every row of a register, times one."""
+    codes = ((jnp.arange(32)[:, None] * 5 + jnp.arange(128)) % 16)[None].astype(jnp.uint4)
+    rhs = Tensor(codes, None, None, "nf4")
+    lhs = Tensor(jnp.eye(32, dtype=jnp.bfloat16)[None])
+    problem = problem_of(lhs, rhs, out_dtype="float32")
+    config = tpu.Config(32, 128, 32, "once")
+    got = tpu.run(problem, lhs, rhs, config=config, chip=CHIPS["v5e"], interpret=INTERPRET)
+    want = jnp.asarray(CODEBOOKS["nf4"], jnp.bfloat16).astype(jnp.float32)[codes.astype(jnp.int32)]
+    np.testing.assert_array_equal(got, want)
 
 
 def test_refusals():

@@ -7,13 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qwix_kernels.matmul import tpu_codebook
 from qwix_kernels.matmul import tpu_values as values
-from qwix_kernels.matmul.tpu_plan import Plan
+from qwix_kernels.matmul.tpu_plan import LANES, Plan
 
 
 def prepare(plan: Plan, r: dict[str, Any], step: jax.Array) -> None:
     """Weights of this step in the matrix unit's dtype: dequantized, looked up, zero past the end of K."""
     p = plan.problem
+    if _looks_up(plan):
+        _prepare_codes(plan, r, step)
+        return
     limit = plan.k_limit(step)
     wide = "bfloat16" if plan.bf16_math else "float32"
     fp4 = plan.rhs_gain != 1
@@ -39,6 +43,28 @@ def prepare(plan: Plan, r: dict[str, Any], step: jax.Array) -> None:
                 part = part * _rows(scale_row(plan, r, t), part)
                 part = values.zero_past(part, limit if p.rhs.zero_point else None, lo, axis=0)
             r["rhs_ready"][lo:hi, :] = values.narrow(part, plan.rhs_dot)
+
+
+def _looks_up(plan: Plan) -> bool:
+    """Whether codes fill whole registers of columns, so that permutations of sublanes look them up."""
+    p = plan.problem
+    whole = plan.block_k % 8 == 0 and plan.block_n % LANES == 0
+    return p.rhs.codebook is not None and p.rhs.dtype == "uint4" and whole and not p.rhs_transposed
+
+
+def _prepare_codes(plan: Plan, r: dict[str, Any], step: jax.Array) -> None:
+    """Weights of a codebook, with the scales of their K tiles where those go before the dot."""
+    codebook, limit = plan.problem.rhs.codebook, plan.k_limit(step)
+    assert codebook is not None
+    for rows, tiles in values.row_groups(plan.block_k, plan.rhs_tile if plan.folds_rhs else 0):
+        for left in range(0, plan.block_n, LANES):
+            lanes = slice(left, left + LANES)
+            codes = tpu_codebook.signed_codes(r["rhs"][0, rows, lanes])
+            for t, lo, hi in tiles:
+                scale = scale_row(plan, r, t)[:, lanes] if plan.folds_rhs else None
+                w = tpu_codebook.look_up(codes[lo - rows.start : hi - rows.start, :], codebook, scale)
+                w = values.zero_past(w, limit, lo, axis=0)
+                r["rhs_ready"][lo:hi, lanes] = values.narrow(w, plan.rhs_dot)
 
 
 def scale_row(plan: Plan, r: dict[str, Any], t: int) -> jax.Array:
