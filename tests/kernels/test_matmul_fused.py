@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from qwix_kernels.matmul import (
     tpu_split,
 )
 from qwix_kernels.problem import ACTIVATIONS
+
+from bench.tpu_compile import compile_for
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
 INT8 = RowQuantize("int8", 127.5)
@@ -183,6 +186,32 @@ def test_vmem_and_cost_count_the_gate():
     assert 1.7 * one.compute_us < two.compute_us < 2.5 * one.compute_us
     assert two.memory_us - one.memory_us == pytest.approx((512 * 1024 + 4 * 1024) / 1640e3)
     assert two.floor_us > one.floor_us
+
+
+COMPILED = {
+    "gate_to_int8": ("int8", 1, INT8, ["bias", "gate", "gate_bias", "residual"], "silu", INT8, 128),
+    "gelu_to_fp8": ("int4", 2, None, ["norm_weight", "residual"], "gelu", FP8, 0),
+    "static_to_int4": ("int8", 1, STATIC, ["bias"], "gelu_tanh", RowQuantize("int4", 7.5, static=True), 0),
+}
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "v7x"])
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiles_for_every_chip_as_one_kernel(chip, case):
+    dtype, tiles, how, only, activation, out, tile = COMPILED[case]
+    out, m, k, n = dataclasses.replace(out, tile_k=tile), 64, 256, 256
+    x, w = floats(1, m, k, dtype="bfloat16"), weight(k, n, dtype, tiles)
+    one = jnp.ones((1, 1, 1))
+    scales = {"lhs_scale": one if how and how.static else None, "out_scale": one if out.static else None}
+    extras = all_extras(m, k, n, w, only, **scales)
+    f = functools.partial(
+        matmul, quantize_lhs=how, activation=activation, quantize_out=out, implementation="mosaic_tpu"
+    )
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (x, w, extras))
+    text = compile_for(chip, f, *shapes).as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 1
+    # Operands of the size of the weight or the rows go in as they lie in memory.
+    assert not re.search(rf"= \w+\[(1,)?({k},{n}|{m},{k}|{m},{n})\]\S* (copy|transpose|convert)\(", text)
 
 
 # --- the portable path

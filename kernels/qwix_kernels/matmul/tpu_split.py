@@ -19,6 +19,9 @@ from qwix_kernels.dispatch import Estimate
 from qwix_kernels.matmul import cost, elementwise, tpu
 from qwix_kernels.problem import NO_EXTRAS, Epilogue, Extras, MatmulProblem, Tensor
 
+# The least that an XLA op takes on these chips, by the compiler's estimate.
+_PASS_US = 1.2
+
 
 def check(problem: MatmulProblem, chip: Chip) -> None:
     """Raises NotImplementedError, naming the constraint, where not even the product is taken."""
@@ -37,7 +40,7 @@ def estimate(problem: MatmulProblem, chip: Chip, config: tpu.Config) -> Estimate
     if part == problem:
         return mine
     calls = problem.products // part.products
-    extra = _moved_outside(problem, part) / (chip.hbm_gbps * 1e3)
+    extra = _outside_us(problem, part, chip)
     floor = max(cost.floor(problem, chip))
     return Estimate(
         calls * mine.compute_us,
@@ -92,7 +95,7 @@ def _kernel_part(problem: MatmulProblem, chip: Chip, config: tpu.Config | None) 
         except NotImplementedError as refusal:
             refusals.append(refusal)
             continue
-        priced.append((each + _moved_outside(problem, part) / (chip.hbm_gbps * 1e3), len(priced), part))
+        priced.append((each + _outside_us(problem, part, chip), len(priced), part))
     if not priced:
         raise refusals[-1]
     return min(priced)[2]
@@ -114,17 +117,21 @@ def _parts(problem: MatmulProblem) -> list[MatmulProblem]:
     return parts
 
 
-def _moved_outside(problem: MatmulProblem, part: MatmulProblem) -> float:
-    """Device bytes that XLA's passes before and after the kernel move, those it fuses counted once."""
-    moved = 0.0
+def _outside_us(problem: MatmulProblem, part: MatmulProblem, chip: Chip) -> float:
+    """Microseconds of XLA's passes before and after the kernel: what they move, and what each takes at least.
+
+    Dynamic scales of a result take two passes, one for the scales and one for the values, and so does a norm.
+    """
+    moved, passes = 0.0, 0
     if problem.norm and not part.norm:
         moved += 2 * cost.operand_bytes(problem.lhs, problem.k) + cost.operand_bytes(part.lhs, problem.k)
+        passes += 2
     if problem.epilogue != part.epilogue:
         reads = problem.products // part.products * cost.result_bytes(part)
-        moved += reads + cost.result_bytes(problem) + cost.epilogue_bytes(problem)
-        if problem.epilogue and problem.epilogue.scales_out:
-            moved += reads  # once for the scales, once for the values
-    return moved
+        twice = problem.epilogue is not None and problem.epilogue.scales_out
+        moved += (1 + twice) * reads + cost.result_bytes(problem) + cost.epilogue_bytes(problem)
+        passes += 1 + twice
+    return moved / (chip.hbm_gbps * 1e3) + passes * _PASS_US
 
 
 def _left_out(problem: MatmulProblem, part: MatmulProblem) -> str:
