@@ -120,6 +120,10 @@ class Side:
         return self.is_integer and jnp.iinfo(self.values.dtype).bits <= 8
 
     @property
+    def is_slow_to_widen(self) -> bool:
+        return self.tensor.codebook is not None or (self.values.dtype.itemsize == 1 and not self.is_integer)
+
+    @property
     def varies_along_k(self) -> bool:
         """Whether there is more than one scale along K."""
         return self.scale is not None and self.scale.shape[self.contracting] > 1
@@ -282,9 +286,12 @@ def _float_dot(problem: MatmulProblem, left: Side, right: Side) -> jax.Array:
 
     if not (left.varies_along_k or right.varies_along_k):
         return _scaled(dot(left, right), left, right)
-    if dtype == jnp.bfloat16 and math.gcd(left.tile, right.tile) >= MIN_TILE:
+    weight_only = jnp.bfloat16 in (left.values.dtype, right.values.dtype)
+    # 8-bit floats and codebooks take long to widen on a CPU, and much longer tile by tile.
+    at_once = weight_only and any(x.is_slow_to_widen for x in (left, right))
+    if dtype == jnp.bfloat16 and math.gcd(left.tile, right.tile) >= MIN_TILE and not at_once:
         return _sum_over_tiles(problem.k, left, right, None, dot)
-    if jnp.bfloat16 not in (left.values.dtype, right.values.dtype):
+    if not weight_only:
         dtype = accumulator  # scaled values are exact in bfloat16 no longer
     a, b = (x.dequantized(dtype, scaled=True) for x in (left, right))
     return _dot(left, right, a, b, accumulator, problem.precision)
