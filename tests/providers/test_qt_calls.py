@@ -244,8 +244,8 @@ def test_a_rematerialized_scan_keeps_only_the_layers_inputs():
         model, variables = linen(Stack(how))
         loss = lambda p, model=model: (model.apply({"params": p}, x) ** 2).sum()
         _, vjp = jax.vjp(loss, variables["params"])
-        saved[how] = sum(x.nbytes for x in jax.tree.leaves(vjp) if hasattr(x, "nbytes"))
-    params = sum(x.nbytes for x in jax.tree.leaves(variables["params"]))
+        saved[how] = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp) if hasattr(leaf, "nbytes"))
+    params = sum(leaf.nbytes for leaf in jax.tree.leaves(variables["params"]))
     assert saved["remat"] <= params + 4 * x.nbytes + 64 < saved["scan"]
 
 
@@ -354,3 +354,21 @@ def test_the_report_says_what_trains_and_what_stays_float():
     assert (a.scheme, a.reason, b.reason) == ("w8a8, gradients int8", None, "no rule matches")
     assert a.bytes_after == a.bytes_before == 4 * 16 * 16  # weights stay float
     assert "matched no op" in str(report) or report.unused_rules
+
+
+def test_a_subclass_defines_an_op_of_its_own():
+    class Doubled(qwix.QtProvider):
+        def dot_general(self, *args, **kwargs):
+            rule, _ = self._get_current_rule_and_op_id("dot_general")
+            return lax.dot_general(*args, **kwargs) * (1 if rule is None else 2)
+
+    rule = qwix.QtRule(module_path="layers/Dense_0", weight_qtype="int8", act_qtype="int8")
+    model = qwix.quantize_model(Stack("scan"), Doubled(rule))
+    variables = model.init(KEY, X)
+    layers = variables["params"]["layers"]
+    expected = X
+    for i in range(3):
+        a, b = (jax.tree.map(lambda p, i=i: p[i], layers[name]) for name in ("Dense_0", "Dense_1"))
+        hidden = nn.gelu(expected @ b["kernel"] + b["bias"])
+        expected = expected + 2 * hidden @ a["kernel"] + a["bias"]  # Dense_0 is made first, and used last
+    assert abs(model.apply(variables, X) - expected).max() <= 1e-5 * abs(expected).max()

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from qwix._src import qconfig, qt_sparsity
 from qwix._src.model_weights import named_einsum
+from qwix._src.qt_executor import FLOAT_SCOPE
 from qwix._src.qt_rule import QtRule, as_qt_rule
 
 __all__ = ["QtProvider", "QtRule"]
 
 
+# Methods with which a subclass takes the place of a function, with its arguments.
+_OWN_OPS = {
+    "dot_general": "jax.lax.dot_general",
+    "einsum": "jax.numpy.einsum",
+    "conv_general_dilated": "jax.lax.conv_general_dilated",
+    "ragged_dot": "jax.lax.ragged_dot",
+}
+
+
 class QtProvider(qconfig.QuantizationProvider):
     """Trains a model as its rules say. Its weights stay float params, so checkpoints are those of the float
     model; ops quantize them, and their activations, each time.
+
+    A subclass with a method `dot_general`, `einsum`, `conv_general_dilated` or `ragged_dot` replaces that
+    function of JAX in the model; `_get_current_rule_and_op_id` tells it the rule. What it computes is left
+    alone.
 
     Args:
       rules: in order; the first that matches an op's module path and name decides about it. Plain
@@ -45,8 +62,9 @@ class QtProvider(qconfig.QuantizationProvider):
         return as_qt_rule(super()._init_rule(as_qt_rule(rule)))
 
     def get_intercept_map(self) -> dict[str, Callable[..., Any]]:
-        """Einsums are named; all else is seen by its primitives."""
-        return {"jax.numpy.einsum": named_einsum}
+        """Einsums are named, and a subclass may define ops of its own; all else is seen by its primitives."""
+        own = {path: _whole(getattr(self, name)) for name, path in _OWN_OPS.items() if hasattr(self, name)}
+        return {"jax.numpy.einsum": named_einsum} | own
 
     @property
     def keeps_states(self) -> bool:
@@ -67,7 +85,19 @@ class QtProvider(qconfig.QuantizationProvider):
 
     def finish(self) -> None:
         super().finish()
-        if self._rules and not any(record.is_quantized for record in self.records.values()):
+        own = any(hasattr(self, name) for name in _OWN_OPS)
+        if self._rules and not own and not any(record.is_quantized for record in self.records.values()):
             self._warn_once(
                 f"No op of the model was quantized. `qwix.report` says why for each. {self._hint(None)}"
             )
+
+
+def _whole(op: Callable[..., Any]) -> Callable[..., Any]:
+    """An op whose own dots aren't quantized."""
+
+    @functools.wraps(op)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.named_scope(FLOAT_SCOPE):
+            return op(*args, **kwargs)
+
+    return call
