@@ -189,6 +189,20 @@ def test_an_end_that_is_not_clipped_is_not_reached(how):
         np.testing.assert_array_equal(got, want.astype(how.dtype).astype(np.float32))
 
 
+def test_given_scales_are_spread_once():
+    """An lhs that is quantized already, scaled after the dot, over several blocks of rows, columns and K."""
+    rng = np.random.default_rng(3)
+    stored = lambda shape: jnp.asarray(rng.integers(-128, 128, shape), jnp.int8)
+    lhs = Tensor(stored((1, 70, 512)), jnp.asarray(rng.uniform(0.5, 2, (1, 70, 4)), jnp.float32))
+    rhs = Tensor(stored((1, 512, 256)), jnp.asarray(rng.uniform(0.5, 2, (1, 4, 256)), jnp.float32))
+    problem = problem_of(lhs, rhs, out_dtype="float32")
+    want = reference.run(problem, lhs, rhs)
+    allowed = reference.error_bound(problem, lhs, rhs, multiplied="float32")
+    for config in (tpu.Config(32, 128, 512, "after"), tpu.Config(128, 128, 256, "after")):
+        got = tpu.run(problem, lhs, rhs, config=config, chip=CHIPS["v5e"], interpret=INTERPRET)
+        assert (np.abs(np.asarray(got, np.float64) - want) <= allowed).all()
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "v7x"])
 def test_compiles(chip):

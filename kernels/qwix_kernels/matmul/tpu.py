@@ -57,7 +57,7 @@ def run(
     plan = resolve(problem, chip, config)
     names, arrays, specs = zip(*_operands(plan, lhs, rhs, extras), strict=True)
     scratch, (outs, out_specs) = _scratch(plan), _results(plan)
-    columns = "arbitrary" if plan.prepare_lhs and not plan.megacore_rows else "parallel"
+    columns = "arbitrary" if plan.has_prologue and not plan.megacore_rows else "parallel"
     made = pl.pallas_call(
         functools.partial(tpu_kernel.kernel, plan, bool(interpret), (*names, *outs, *scratch)),
         grid=plan.grid,

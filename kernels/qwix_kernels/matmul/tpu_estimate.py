@@ -270,7 +270,7 @@ def _compute_us(plan: Plan, chip: Chip) -> float:
     cycles = b * rows * columns * steps * (plan.problem.products * step + _STEP_CYCLES)
     last = _epilogue_ops(plan.problem) / 4 * plan.block_m * _lanes(plan.block_n) / 1024
     cycles += b * rows * columns * last
-    if plan.prepare_lhs:
+    if plan.has_prologue:
         again = columns if plan.megacore_rows else 1
         cycles += b * rows * again * steps * _row_ops(plan) / 4
     cores = chip.cores if chip.name == "v5p" and b * rows * columns > 1 else 1
@@ -320,7 +320,8 @@ def _row_ops(plan: Plan) -> float:
         each += _TILE_SCALE * LANES / max(tile, LANES) if tile else 0
         each += _EXCHANGE * math.log2(tile) if 0 < tile < LANES and not q.static else 0
     else:
-        each = _widen(p.lhs.codebook or p.lhs.dtype) + 1 + plan.folds_lhs
+        each = _widen(p.lhs.codebook or p.lhs.dtype) + 1 + plan.folds_lhs if plan.prepare_lhs else 0
+        each += 6 * LANES / tile if plan.spreads_row_scale else 0
     return (each + _NORM * (p.norm is not None)) * plan.block_m * plan.block_k / 1024
 
 

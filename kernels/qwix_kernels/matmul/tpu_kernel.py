@@ -54,7 +54,7 @@ def kernel(plan: Plan, emulate: bool, names: tuple[str, ...], *refs: Any) -> Non
     r = dict(zip(names, refs, strict=True))
     column, step = pl.program_id(2), pl.program_id(3)
 
-    if plan.prepare_lhs:
+    if plan.has_prologue:
         first = jnp.logical_or(plan.megacore_rows, column == 0)
 
         @pl.when(first)

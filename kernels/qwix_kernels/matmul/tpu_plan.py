@@ -159,8 +159,13 @@ class Plan:
 
     @property
     def spreads_row_scale(self) -> bool:
-        """Whether dynamic scales of K tiles are stored along the lanes, once for all column blocks."""
-        return self.strategy == "after" and self.lhs_tile > 0 and self.problem.quantize_lhs is not None
+        """Whether scales of K tiles are stored along the lanes, once for all column blocks."""
+        return self.strategy == "after" and self.lhs_tile > 0
+
+    @property
+    def has_prologue(self) -> bool:
+        """Whether something is made of the rows that all their column blocks use."""
+        return self.prepare_lhs or self.spreads_row_scale
 
     @property
     def partial(self) -> str:

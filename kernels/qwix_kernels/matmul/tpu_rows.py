@@ -57,8 +57,17 @@ def prepare(plan: Plan, r: Refs, step: jax.Array) -> None:
 
 
 def _convert_rows(plan: Plan, r: Refs, step: jax.Array, at: Any) -> None:
-    """Normalises, casts, and dequantizes where the scale goes before the dot, the rows `at` of the lhs."""
+    """Normalises, casts, and dequantizes where the scale goes before the dot, the rows `at` of the lhs.
+
+    Scales that go after it are spread over the lanes, or the XLU would have to in every column block.
+    """
     p = plan.problem
+    if plan.spreads_row_scale:
+        for t in range(plan.lhs_tiles()):
+            column = values.spread(r["lhs_scale"], (0, 0, at), [(t, 0, 0)], slice(0, 0))
+            r["row_scale"][step, t, at, :] = jnp.broadcast_to(column, (column.shape[0], LANES))
+    if not plan.prepare_lhs:
+        return
     limit = plan.k_limit(step)
     load = _loader(plan, r, step, at) if p.norm else None
     for lanes, tiles in values.lane_groups(plan.block_k, plan.lhs_tile if plan.folds_lhs else 0):
