@@ -7,13 +7,14 @@ dynamically, inside the op, and that is in the price; static ones come quantized
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from qwix_kernels import matmul
-from qwix_kernels.problem import CODEBOOKS, MatmulProblem, RowQuantize, Tensor
+from qwix_kernels.problem import CODEBOOKS, ROW_SCALES, MatmulProblem, RowQuantize, Tensor
 
 from bench.shapes import Scheme
 
@@ -36,7 +37,10 @@ def shapes_of(scheme: Scheme, m: int, k: int, n: int, batch: int = 1) -> list[ja
         ]
     stored = jnp.dtype("uint4" if scheme.weight in CODEBOOKS else scheme.weight)
     scales = (batch, tiles, n // scheme.tile_n)
-    rhs = [jax.ShapeDtypeStruct((batch, k, n), stored), jax.ShapeDtypeStruct(scales, jnp.bfloat16)]
+    rhs = [
+        jax.ShapeDtypeStruct((batch, k, n), stored),
+        jax.ShapeDtypeStruct(scales, jnp.dtype(scheme.weight_scale)),
+    ]
     if scheme.zero_point:
         rhs.append(jax.ShapeDtypeStruct(scales, stored))
     return lhs + rhs
@@ -61,7 +65,8 @@ def row_quantize(scheme: Scheme) -> RowQuantize | None:
     """How the activations are quantized inside the op; None where they are not."""
     if scheme.is_weight_only or scheme.static:
         return None
-    return RowQuantize(scheme.activation, _BOUND[scheme.activation], scheme.tile)
+    how = RowQuantize(scheme.activation, _BOUND[scheme.activation], scheme.tile)
+    return dataclasses.replace(how, scale_dtype=scheme.row_scale) if scheme.row_scale in ROW_SCALES else how
 
 
 def problem(scheme: Scheme, m: int, k: int, n: int, batch: int = 1) -> MatmulProblem:
@@ -105,7 +110,7 @@ def xla_same_op(scheme: Scheme):
         given = arrays.pop(0) if scheme.static else None
         w, scale, *zero = arrays
         tiles = scale.shape[0]
-        scale = jnp.repeat(scale, scheme.tile_n, axis=1)
+        scale = jnp.repeat(scale, scheme.tile_n, axis=1).astype(jnp.bfloat16)
         w = _stored(scheme, w)
         if zero:
             zeros = jnp.repeat(zero[0], w.shape[0] // tiles, axis=0)
@@ -148,6 +153,8 @@ def _quantize_rows(x: jax.Array, scheme: Scheme, tiles: int) -> tuple[jax.Array,
     tiled = x.reshape(m, tiles, -1).astype(jnp.float32)
     bound = _BOUND[scheme.activation]
     scale = jnp.abs(tiled).max(2) / bound
+    if scheme.row_scale == "float8_e8m0fnu":  # RowQuantize's powers of two
+        scale = jnp.exp2(jnp.floor(jnp.log2(scale * bound)) - math.floor(math.log2(bound)))
     scale = jnp.where(scale < math.sqrt(jnp.finfo(jnp.float32).tiny), 1.0, scale)
     q = tiled * (1 / scale)[:, :, None]
     dtype = jnp.dtype(scheme.activation)

@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-# Stored types. Block formats are (values, tile): their scales lie along K in runs of that many neighbours.
+# Stored types. Block formats: (values, neighbours along K that share a scale, scale).
 WEIGHTS: Mapping[str, str] = {
     "4": "int4",
     "8": "int8",
@@ -18,10 +18,10 @@ WEIGHTS: Mapping[str, str] = {
     "nf4": "nf4",
 }
 ACTIVATIONS: Mapping[str, str] = {"4": "int4", "8": "int8", "f8": "float8_e4m3fn", "16": "bfloat16"}
-BLOCK_FORMATS: Mapping[str, tuple[str, int]] = {
-    "mxfp8": ("float8_e4m3fn", 32),
-    "mxfp4": ("float4_e2m1fn", 32),
-    "nvfp4": ("float4_e2m1fn", 16),
+BLOCK_FORMATS: Mapping[str, tuple[str, int, str]] = {
+    "mxfp8": ("float8_e4m3fn", 32, "float8_e8m0fnu"),
+    "mxfp4": ("float4_e2m1fn", 32, "float8_e8m0fnu"),
+    "nvfp4": ("float4_e2m1fn", 16, "float8_e4m3fn"),
 }
 GRAMMAR = (
     f"w{{{','.join([*WEIGHTS, *BLOCK_FORMATS])}}}a{{{','.join([*ACTIVATIONS, *BLOCK_FORMATS])}}}, then "
@@ -42,7 +42,7 @@ class Scheme:
     `tile`: neighbours along K that share a scale, of the weight and of quantized activations; 0 for the whole
     of K. `tile_n`: neighbours along N of the weight that do. Activations other than bfloat16 are quantized
     from bfloat16 on the way, row by row (and tile by tile where there are tiles), inside the op; `static`
-    ones come quantized like that.
+    ones come quantized like that. `weight_scale` and `row_scale` are the dtypes of the scales.
     """
 
     name: str
@@ -52,6 +52,8 @@ class Scheme:
     tile_n: int = 1
     zero_point: bool = False
     static: bool = False
+    weight_scale: str = "bfloat16"
+    row_scale: str = "float32"
 
     @property
     def is_weight_only(self) -> bool:
@@ -83,7 +85,7 @@ def scheme(name: str) -> Scheme:
 
     >>> scheme("w4a16_g128")
     Scheme(name='w4a16_g128', weight='int4', activation='bfloat16', tile=128, tile_n=1, zero_point=False, \
-static=False)
+static=False, weight_scale='bfloat16', row_scale='float32')
     >>> scheme("wf8af8").is_weight_only, scheme("wmxfp4a16").tile, scheme("w8a8_b128").tile_n
     (False, 32, 128)
     >>> scheme("w3a16")  # doctest: +ELLIPSIS
@@ -96,7 +98,7 @@ static=False)
     if match:
         weight, activation, kind, tile, zero, static = match.groups()
         formats = {x: BLOCK_FORMATS[x] for x in (weight, activation) if x in BLOCK_FORMATS}
-        tiles = {t for _, t in formats.values()} | ({int(tile)} if tile else set())
+        tiles = {t for _, t, _ in formats.values()} | ({int(tile)} if tile else set())
         if len(tiles) > 1 or (formats and tile):
             reason = "a block format has its own tile, the same on both sides"
         elif zero and not weight.isdigit():
@@ -104,14 +106,12 @@ static=False)
         elif static and activation == "16":
             reason = "bfloat16 activations are not quantized"
         else:
-            values, rows = _stored(weight, WEIGHTS), _stored(activation, ACTIVATIONS)
+            values, _, scale = formats.get(weight) or (WEIGHTS[weight], 0, "bfloat16")
+            rows, _, row_scale = formats.get(activation) or (ACTIVATIONS[activation], 0, "float32")
             side = max(tiles, default=0)
-            return Scheme(name, values, rows, side, side if kind == "b" else 1, bool(zero), bool(static))
+            side_n = side if kind == "b" else 1
+            return Scheme(name, values, rows, side, side_n, bool(zero), bool(static), scale, row_scale)
     raise ValueError(f"Unknown scheme {name!r}; {reason}.")
-
-
-def _stored(name: str, plain: Mapping[str, str]) -> str:
-    return BLOCK_FORMATS[name][0] if name in BLOCK_FORMATS else plain[name]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def data(rng, like):
-    """Numbers of a shape and type, scales (which are floats of 16 or 32 bits) between 0.5 and 2."""
+    """Numbers of a shape and type; scales between 0.5 and 2."""
     if jnp.issubdtype(like.dtype, jnp.integer):
         return jnp.asarray(rng.integers(-8, 8, like.shape), like.dtype)
     if like.shape[-1] == 128:  # the activations
@@ -29,6 +29,7 @@ def data(rng, like):
     return jnp.asarray(rng.uniform(0.5, 2, like.shape), like.dtype)
 
 
+E8M0 = {"weight_scale": "float8_e8m0fnu"}
 FIELDS = {
     "chip": str,
     "scheme": str,
@@ -86,9 +87,14 @@ def test_examples_in_docstrings(module):
         ("w8a8_b128", "int8", "int8", {"tile": 128, "tile_n": 128}),
         ("w4a16_g128_z", "int4", "bfloat16", {"tile": 128, "zero_point": True}),
         ("w8a8_g128_static", "int8", "int8", {"tile": 128, "static": True}),
-        ("wmxfp8amxfp8", "float8_e4m3fn", "float8_e4m3fn", {"tile": 32}),
-        ("wmxfp4a16", "float4_e2m1fn", "bfloat16", {"tile": 32}),
-        ("wnvfp4a16", "float4_e2m1fn", "bfloat16", {"tile": 16}),
+        (
+            "wmxfp8amxfp8",
+            "float8_e4m3fn",
+            "float8_e4m3fn",
+            {"tile": 32, **E8M0, "row_scale": "float8_e8m0fnu"},
+        ),
+        ("wmxfp4a16", "float4_e2m1fn", "bfloat16", {"tile": 32, **E8M0}),
+        ("wnvfp4a16", "float4_e2m1fn", "bfloat16", {"tile": 16, "weight_scale": "float8_e4m3fn"}),
     ],
 )
 def test_schemes(name, weight, activation, rest):
@@ -199,7 +205,15 @@ def test_the_suite_has_every_layer_on_every_chip():
     "name",
     [
         *("w8a16_g32", "wnf4a16_g64", "w8a8", "w4a8_g32", "wf8af8_g64", "w8af8", "wnf4a8_g32"),
-        *("w4a16_g32_z", "w8a8_b64", "w8a8_g32_static", "w8a8_static"),
+        *(
+            "wmxfp8amxfp8",
+            "wmxfp4a16",
+            "wnvfp4a16",
+            "w4a16_g32_z",
+            "w8a8_b64",
+            "w8a8_g32_static",
+            "w8a8_static",
+        ),
     ],
 )
 def test_the_chain_of_xla_ops_is_the_same_op(name):
