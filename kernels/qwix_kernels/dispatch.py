@@ -152,9 +152,21 @@ def choose(
         return impl, explanation
     reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
     raise NotImplementedError(
-        f"{implementation!r} cannot run this on {chip.name}: {reasons}. "
+        f"{implementation!r} cannot run this on {chip.name}: {reasons}. {_abilities(chip)} "
         f"implementation=None picks one that can. The problem: {problem}"
     )
+
+
+def _abilities(chip: Chip) -> str:
+    """What a chip multiplies in, fastest first.
+
+    >>> _abilities(chips.chip("v5e"))
+    'v5e multiplies int4 (788 TOP/s), int8 (394), bfloat16 (197).'
+    """
+    rates = {"bfloat16": chip.bf16, "int8": chip.int8, "float8": chip.fp8, "int4": chip.int4}
+    known = sorted(((rate, name) for name, rate in rates.items() if rate), reverse=True)
+    words = [f"{name} ({rate:g}{' TOP/s' * (i == 0)})" for i, (rate, name) in enumerate(known)]
+    return f"{chip.name} multiplies {', '.join(words)}."
 
 
 def explain(
