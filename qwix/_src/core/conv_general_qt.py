@@ -180,7 +180,7 @@ class _Dlhs:
         return scale_gradient(g, scale.reshape([scale.size if a == features else 1 for a in range(g.ndim)]))
 
     def __call__(
-        self, g: Operand, other: Operand, extra: None, dtype: np.dtype, act_how: HowToQuantize | None
+        self, g: Any, other: Any, extra: None, dtype: np.dtype, act_how: HowToQuantize | None
     ) -> jax.Array:
         op = self.op
         g = g if act_how is None else qarray.quantize(g, act_how)
@@ -236,7 +236,7 @@ class _Drhs:
         return scale_gradient(g, scale.reshape([sizes.get(a, 1) for a in range(g.ndim)]))
 
     def __call__(
-        self, g: Operand, other: Operand, extra: None, dtype: np.dtype, act_how: HowToQuantize | None
+        self, g: Any, other: Any, extra: None, dtype: np.dtype, act_how: HowToQuantize | None
     ) -> jax.Array:
         op = self.op
         g = g if act_how is None else qarray.quantize(g, act_how)
@@ -263,7 +263,7 @@ def _swapped(spec: Sequence[int]) -> tuple[int, ...]:
     return (spec[1], spec[0], *spec[2:])
 
 
-def _regroup(x: Operand, source: int, target: int, groups: int) -> Operand:
+def _regroup(x: Any, source: int, target: int, groups: int) -> Any:
     """Moves the `groups` runs of one axis to the front of another: (groups * n, m) -> (n, groups * m)."""
     if groups == 1:
         return x
@@ -271,7 +271,7 @@ def _regroup(x: Operand, source: int, target: int, groups: int) -> Operand:
         shape = list(x.scale.shape)
         if shape[source] != 1 or shape[target] != 1:
             shape[source], shape[target] = x.shape[source], x.shape[target]
-            spread = lambda v: None if v is None else layout.broadcast_array(v, shape)
+            spread: Any = lambda v: None if v is None else layout.broadcast_array(v, shape)
             x = dataclasses.replace(x, scale=spread(x.scale), zero_point=spread(x.zero_point))
         regroup = lambda v: (
             v if v.shape[source] == v.shape[target] == 1 else _regroup(v, source, target, groups)

@@ -51,6 +51,7 @@ def dot_general_qt(
 
     Returns: as `jax.lax.dot_general`; by default what the dtypes of lhs and rhs promote to.
 
+    >>> import jax.numpy as jnp
     >>> config = DotGeneralQtConfig(lhs_qtype="int8", rhs_qtype="int8", dlhs_grad_qtype="int8")
     >>> loss = lambda x, w: dot_general_qt(x, w, (((1,), (0,)), ((), ())), config).sum()
     >>> dx = jax.grad(loss)(jnp.ones((2, 8)), jnp.full((8, 4), 0.5))
@@ -166,7 +167,7 @@ class _DotGradient:
         )
 
     def __call__(
-        self, g: Operand, other: Operand, extra: None, dtype: np.dtype, act_how: HowToQuantize | None
+        self, g: Any, other: Any, extra: None, dtype: np.dtype, act_how: HowToQuantize | None
     ) -> jax.Array:
         if self.side == "rhs":
             g = g if act_how is None else qarray.quantize(g, act_how)

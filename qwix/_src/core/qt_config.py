@@ -96,7 +96,7 @@ class QtConfig:
             if field.name.endswith("_qtype") and value is not None:
                 object.__setattr__(self, field.name, numerics.canonical_qtype(value))
             elif field.name.endswith("_calibration_method"):
-                parse_method(value)
+                parse_method(str(value))
             elif field.name.endswith("tile_size") and isinstance(value, Mapping):
                 object.__setattr__(self, field.name, _Tiles(value))
 

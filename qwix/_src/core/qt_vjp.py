@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,11 @@ class Gradient(Protocol):
       movable: the axes of the other operand along which scales can be moved into g.
     """
 
-    contracting: tuple[int, ...]
-    movable: tuple[int, ...]
+    @property
+    def contracting(self) -> tuple[int, ...]: ...
+
+    @property
+    def movable(self) -> tuple[int, ...]: ...
 
     def how(self, *, for_g: bool, tile_size: TileSize, **kwargs: Any) -> HowToQuantize:
         """How to quantize g, or the other operand, with scales that are constant along the sum (or tiled)."""
@@ -63,7 +66,7 @@ class Gradient(Protocol):
         ...
 
     def __call__(
-        self, g: Operand, other: Operand, extra: Any, dtype: np.dtype, act_how: HowToQuantize | None
+        self, g: Any, other: Any, extra: Any, dtype: np.dtype, act_how: HowToQuantize | None
     ) -> jax.Array:
         """The gradient; `act_how` quantizes a float g on the way."""
         ...
@@ -160,7 +163,7 @@ def _shared(how: HowToQuantize) -> HowToQuantize:
     return dataclasses.replace(how, channelwise_axes=())
 
 
-def _is_float(x: Operand) -> bool:
+def _is_float(x: Operand) -> TypeGuard[jax.Array]:
     return not isinstance(x, QArray) and numerics.should_quantize(x.dtype)
 
 

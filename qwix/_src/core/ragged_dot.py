@@ -116,8 +116,9 @@ class _Ragged:
 
     Attributes:
       mode: what the ragged axis is in lhs.
-      axis: the ragged axis of lhs; rhs_axis that of rhs, where it has one.
-      group: the axis of rhs that holds its groups, in mode "free".
+      axis: the ragged axis of lhs.
+      rhs_axis: that of rhs; -1 in mode "free", where it has none.
+      group: the axis of rhs that holds its groups, in mode "free"; else -1.
       prefix: axes of lhs, for each of which the sizes may differ.
     """
 
@@ -125,8 +126,8 @@ class _Ragged:
     numbers: DotDimensionNumbers
     ndims: tuple[int, int]
     axis: int
-    rhs_axis: int | None
-    group: int | None
+    rhs_axis: int
+    group: int
     prefix: tuple[int, ...]
 
     def free_axes(self, side: int) -> list[int]:
@@ -142,7 +143,7 @@ class _Ragged:
         return {a: i for i, a in enumerate(batch)} | {a: start + i for i, a in enumerate(self.free_axes(1))}
 
     def for_lax(self) -> RaggedDotDimensionNumbers:
-        groups = () if self.group is None else (self.group,)
+        groups = (self.group,) if self.mode == "free" else ()
         return RaggedDotDimensionNumbers(self.numbers, (self.axis,), groups)
 
 
@@ -153,7 +154,7 @@ def _describe(
     if len(given.lhs_ragged_dimensions) != 1:
         raise ValueError(f"Exactly one axis of lhs is ragged, got {given.lhs_ragged_dimensions}.")
     axis = layout.canonical_axis(given.lhs_ragged_dimensions[0], lhs.ndim)
-    (lhs_ca, rhs_ca), (lhs_ba, rhs_ba) = numbers
+    (lhs_ca, rhs_ca), (lhs_ba, rhs_ba) = [(tuple(left), tuple(right)) for left, right in numbers]
     free = [a for a in range(lhs.ndim) if a not in lhs_ca + lhs_ba]
     mode = "contracting" if axis in lhs_ca else "batch" if axis in lhs_ba else "free"
     groups = layout.canonical_axes(given.rhs_group_dimensions, rhs.ndim)
@@ -167,7 +168,7 @@ def _describe(
     elif mode == "batch":
         prefix, rhs_axis = lhs_ba[: lhs_ba.index(axis)], rhs_ba[lhs_ba.index(axis)]
     else:
-        prefix, rhs_axis = lhs_ba + tuple(free[: free.index(axis)]), None
+        prefix, rhs_axis = lhs_ba + tuple(free[: free.index(axis)]), -1
     expected = tuple(lhs.shape[a] for a in prefix)
     if sizes.ndim != 1 and sizes.shape[:-1] != expected:
         raise ValueError(f"group_sizes must be [groups] or {[*expected, 'groups']}, got {sizes.shape}.")
@@ -178,7 +179,7 @@ def _describe(
             f"rhs {rhs.shape} has {rhs.shape[groups[0]]} groups along axis {groups[0]}, group_sizes "
             f"{sizes.shape[-1]}. Give group_offset if rhs holds some of the groups only."
         )
-    group = groups[0] if groups else None
+    group = groups[0] if groups else -1
     return _Ragged(mode, numbers, (lhs.ndim, rhs.ndim), axis, rhs_axis, group, prefix)
 
 
@@ -239,13 +240,13 @@ def _alive(
     return index < total
 
 
-def _roll(x: Operand, shift: jax.Array, axis: int) -> Operand:
+def _roll(x: Any, shift: jax.Array, axis: int) -> Any:
     """Rolls values, and those scales that vary along the axis."""
     if not isinstance(x, QArray):
         return jnp.roll(x, shift, axis)
     if x.scale.shape[axis] not in (1, x.shape[axis]):
         full = [n if a == axis else s for a, (n, s) in enumerate(zip(x.shape, x.scale.shape, strict=True))]
-        spread = lambda v: None if v is None else layout.broadcast_array(v, full)
+        spread: Any = lambda v: None if v is None else layout.broadcast_array(v, full)
         x = dataclasses.replace(x, scale=spread(x.scale), zero_point=spread(x.zero_point))
     return jax.tree.map(lambda v: v if v.shape[axis] == 1 else jnp.roll(v, shift, axis), x)
 
@@ -297,7 +298,7 @@ def _contracting(
     else:
         lhs, rhs = (x.dequantize() if isinstance(x, QArray) else x for x in (lhs, rhs))
         # What is in no group must not even be multiplied by zero: it may be nan.
-        to_rhs = dict(zip(*(sum(axes, ()) for axes in zip(*ragged.numbers, strict=True)), strict=True))
+        to_rhs = {a: b for pair in ragged.numbers for a, b in zip(*pair, strict=True)}
         n = lhs.shape[ragged.axis]
         here = {a: a for a in range(lhs.ndim)}
         lhs = jnp.where(_alive(ragged, sizes, lhs.ndim, n, ragged.axis, here, None), lhs, 0)
@@ -336,8 +337,8 @@ def _shared(rhs: Operand, ragged: _Ragged) -> bool:
 
 
 def _integers(lhs: Operand, rhs: Operand, sizes: jax.Array, ragged: _Ragged) -> jax.Array:
-    values = [(x.qvalue if isinstance(x, QArray) else x).astype(jnp.int8) for x in (lhs, rhs)]
-    return jax.lax.ragged_dot_general(*values, sizes, ragged.for_lax(), preferred_element_type=jnp.int32)
+    left, right = ((x.qvalue if isinstance(x, QArray) else x).astype(jnp.int8) for x in (lhs, rhs))
+    return jax.lax.ragged_dot_general(left, right, sizes, ragged.for_lax(), preferred_element_type=jnp.int32)
 
 
 def _scaled(out: jax.Array, scale: jax.Array, places: Mapping[int, int]) -> jax.Array:

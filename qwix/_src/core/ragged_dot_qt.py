@@ -123,7 +123,7 @@ class _Dlhs:
         return scale_gradient(g, scale)
 
     def __call__(
-        self, g: Operand, other: Operand, extra: _Groups, dtype: np.dtype, act_how: HowToQuantize | None
+        self, g: Any, other: Any, extra: _Groups, dtype: np.dtype, act_how: HowToQuantize | None
     ) -> jax.Array:
         g = g if act_how is None else qarray.quantize(g, act_how)
         return ragged_dot.ragged_dot(g, other.swapaxes(1, 2), extra[0], self.precision, dtype, extra[1])
@@ -145,7 +145,7 @@ class _Drhs:
         return scale_gradient(g, scale)
 
     def __call__(
-        self, g: Operand, other: Operand, extra: _Groups, dtype: np.dtype, act_how: HowToQuantize | None
+        self, g: Any, other: Any, extra: _Groups, dtype: np.dtype, act_how: HowToQuantize | None
     ) -> jax.Array:
         g = g if act_how is None else qarray.quantize(g, act_how)
         sizes, offset = extra
