@@ -201,7 +201,7 @@ def _expand(x: jax.Array, axis: int, size: int) -> jax.Array:
     """One entry per element along a free axis; a single one along the batch stays."""
     if x.shape[axis] == size or (axis == 0 and x.shape[0] == 1):
         return x
-    return jnp.repeat(x, size // x.shape[axis], axis=axis, total_repeat_length=size)
+    return jnp.repeat(x, size // x.shape[axis], axis=axis)
 
 
 def _by_block(plan: Plan, x: jax.Array, tile: int, axis: int) -> jax.Array:
