@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -14,6 +15,7 @@ import qwix
 from bench import compiled
 from bench.tpu_compile import compile_for
 from examples.smollm2.model import Config, SmolLM2
+from qwix import ops
 
 CONFIG = Config(vocab_size=160, width=256, hidden=512, blocks=1, heads=4, kv_heads=2, head_size=64)
 LAYERS = 7 * CONFIG.blocks
@@ -243,3 +245,26 @@ def test_prepacked_weights_of_three_axes_are_not_copied(kind, scheme):
 
 def test_prepacking_is_what_saves_the_copies():
     assert len(compiled.relayouts(heads_text("nnx", "w8a8", prepack=False), [512 * 512])) >= 2
+
+
+# --- products of activations
+
+
+@pytest.mark.parametrize("subscripts", ["bnth,bnsh->bnts", "bnts,bnsh->bnth"])
+def test_attention_with_heads_in_front_is_one_kernel_without_copies(subscripts):
+    sizes = {"b": 2, "n": 4, "t": 256, "s": 384, "h": 128}
+    lhs, rhs, out = subscripts.replace("->", ",").split(",")
+
+    def quantized(axes: str) -> qwix.QArray:
+        """int8, one scale for each row of what is not summed over."""
+        shape = [sizes[axis] for axis in axes]
+        scale = [sizes[axis] if axis in out else 1 for axis in axes]
+        return qwix.QArray(jax.ShapeDtypeStruct(shape, jnp.int8), jax.ShapeDtypeStruct(scale, jnp.float32))
+
+    def run(lhs, rhs):
+        return ops.qeinsum(subscripts, lhs, rhs, preferred_element_type=jnp.bfloat16)
+
+    text = compile_for("v5e", run, quantized(lhs), quantized(rhs)).as_text()
+    assert compiled.kernels(text).total() == 1 and " while(" not in text
+    elements = [int(np.prod([sizes[axis] for axis in axes])) for axes in (lhs, rhs)]
+    assert compiled.relayouts(text, elements) == []
