@@ -15,6 +15,8 @@ from qwix_kernels.matmul import reference, tpu
 from qwix_kernels.matmul.describe import problem_of
 from qwix_kernels.problem import CODEBOOKS, RowQuantize, Tensor
 
+from bench.tpu_compile import TOPOLOGY, compile_for
+
 INTERPRET = pltpu.InterpretParams(detect_races=True)
 FP4, E8M0 = "float4_e2m1fn", "float8_e8m0fnu"
 # (weights, scales, tile)
@@ -202,3 +204,24 @@ def test_refusals():
         tpu.estimate(problem_of(lhs, rhs), CHIPS["v7x"], tpu.Config(8, 128, 144, "after"))
     with pytest.raises(NotImplementedError, match="as lhs"):
         tpu.check(problem_of(stored(rng, FP4, (1, 8, 128)), stored(rng, FP4, (1, 128, 8))), CHIPS["v7x"])
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("chip", tuple(TOPOLOGY))
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4", "mxfp8", "int4_64", "nf4_64"])
+def test_block_formats_compile_for_every_chip(chip, kind):
+    """One custom call, and nothing done to the weight or its scales outside of it."""
+    dtype, scale_dtype, tile = BLOCK_FORMATS[kind]
+    codebook = "nf4" if dtype == "nf4" else None
+    struct = jax.ShapeDtypeStruct
+    lhs = Tensor(struct((1, 16, 512), jnp.bfloat16))
+    values = struct((1, 512, 512), "uint4" if codebook else dtype)
+    rhs = Tensor(values, struct((1, 512 // tile, 512), scale_dtype), None, codebook)
+    problem = problem_of(lhs, rhs, out_dtype="bfloat16")
+    tpu.check(problem, CHIPS[chip])
+    for strategy in ("after", "before"):
+        config = tpu.Config(16, 256, 512, strategy)
+        run = lambda x, w, config=config: tpu.run(problem, x, w, config=config, chip=CHIPS[chip])
+        text = compile_for(chip, run, lhs, rhs).as_text()
+        assert text.count("custom-call(") == 1
+        assert not any(f" {op}(" in text for op in ("transpose", "convert", "copy", "broadcast"))
