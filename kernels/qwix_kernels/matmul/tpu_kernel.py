@@ -18,11 +18,13 @@ K past the operands would reach everything, so both sides are zeroed there.
 The ladder: static kilocycles for 1024 x 4096 x 4096, rows quantized inside the kernel where they are at all.
 `python -m bench.price --chip v6e --scheme w8a8 --m 1024 --k 4096 --n 4096` gives the last figure of a line.
 
-    w8a8        v6e  47 in blocks of 1024 x 256 x K: 36 for the dots, 9 for the rows, once per row block
+    w8a8        v6e  44 in blocks of 1024 x 256 x K: 36 for the dots, 6 for the rows, once per row block
+                     (their ladder: tpu_rows.py); 42 in 1024 x 512, whose first fetch takes longer
     w8a8_g128   v5e  262 + 34 before -> 224 after, 128 x 256: the lane broadcast of row scales binds the XLU
-                     -> 166 with row scales stored along the lanes, in register-sized parts of a block of rows
-    w8a8_g128   v6e  182 after (vector unit) -> 94 before: the bfloat16 unit is worth more than the int8 one
-    wf8af8      v6e  126 both sides cast to bfloat16 in VMEM -> 89 rows rounded by integer arithmetic (a cast
+                     -> 162 with row scales stored along the lanes, in register-sized parts of a block of rows
+    w8a8_g128   v6e  182 after (vector unit) -> 85 before: the bfloat16 unit is worth more than the int8 one
+                     (82 in 1024 x 512 x K, see above)
+    wf8af8      v6e  126 both sides cast to bfloat16 in VMEM -> 81 rows rounded by arithmetic (a cast
                      there and back costs twice that), weights handed over as they are
     w4a16_g128  v6e  M=16: 23 in blocks of 128 columns (half of the unit's width) -> 8.5 in blocks of 512
     wnf4a16_g64 v6e  149 tree of selects on the bits of a code -> 95 gather along the lanes. M=16: 64,
