@@ -11,7 +11,7 @@ a residual and quantization for the next dot after it. `FusedOptions` lists the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,6 @@ def qgated_dot(
     w_gate: Operand,
     w_up: Operand,
     *,
-    activation: str | None = "silu",
     gate_bias: jax.Array | None = None,
     act_qtype: DTypeLike | str | None = None,
     act_tile_size: int | float | None = None,
@@ -148,10 +147,9 @@ def qgated_dot(
     Args:
       x: [..., K]; see `qdot`.
       w_gate, w_up: [K, N], quantized alike.
-      activation: of the gate: "silu" (SwiGLU), "gelu", "gelu_tanh" (GeGLU), "relu", "relu6" or None.
       gate_bias: [N], added to x @ w_gate. `bias` is added to x @ w_up.
       act_qtype, ..., preferred_element_type: as for `qdot_general`.
-      **fused: see `FusedOptions`.
+      **fused: see `FusedOptions`. `activation` is the gate's: "silu" (SwiGLU) by default.
 
     Returns:
       [..., N]; a QArray with `out_qtype`.
@@ -178,7 +176,7 @@ def qgated_dot(
         x,
         w_up,
         numbers,
-        {**fused, "activation": activation},
+        {"activation": "silu", **fused},
         gate=w_gate,
         gate_bias=gate_bias,
         act_how=act_how,
@@ -270,7 +268,7 @@ def explain(
     'xla'
     """
     lhs, rhs, w_gate = _abstract(lhs), _abstract(rhs), _abstract(w_gate)
-    gate_bias, fused = _abstract(gate_bias), {name: _abstract(x) for name, x in fused.items()}
+    gate_bias, fused = _abstract(gate_bias), cast(FusedOptions, {k: _abstract(x) for k, x in fused.items()})
     act = {"tile_size": act_tile_size, "qtype": act_qtype, "calibration_method": act_calibration_method}
     options: dict[str, Any] = {"precision": precision, "preferred_element_type": preferred_element_type}
     if (op == "gated_dot") != (w_gate is not None):
@@ -331,10 +329,7 @@ def _with_act(
 
 def _given(fused: FusedOptions) -> bool:
     """Whether anything is fused."""
-    unknown = set(fused) - FusedOptions.__optional_keys__
-    if unknown:
-        known = ", ".join(sorted(FusedOptions.__optional_keys__))
-        raise TypeError(f"Unknown keyword {', '.join(sorted(unknown))}; what can be fused: {known}.")
+    _fused.check_names(fused)
     return any(x is not None for name, x in fused.items() if name != "norm_eps")
 
 

@@ -152,5 +152,7 @@ def test_gate_must_be_like_rhs(layer):
         ops.qgated_dot(x, other, w)
     with pytest.raises(ValueError, match="weights of gate and rhs must have one shape"):
         ops.qgated_dot(x, w[:, :16], w)
+    with pytest.raises(TypeError, match="Unknown keyword gelu"):
+        ops.qgated_dot(x, w, w, gelu=True)
     with pytest.raises(ValueError, match="norm_weight normalises a float lhs"):
         ops.qdot(qwix.quantize(x, "int8"), w, norm_weight=jnp.ones(64))

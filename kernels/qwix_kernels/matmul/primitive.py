@@ -89,14 +89,16 @@ def bind(
     """[batch, M, N] of operands that `problem` describes; and the scales, where they are quantized."""
     if not all((problem.batch, problem.m, problem.n, problem.k)) or 0 in lhs.shape + rhs.shape:
         zeros = jnp.zeros((_batch(lhs, rhs), problem.m, problem.n), jnp.float32)
-        return jax.tree.leaves(elementwise.finish(problem, zeros, extras.gate and zeros, extras))
+        gate = None if extras.gate is None else zeros
+        return jax.tree.leaves(elementwise.finish(problem, zeros, gate, extras))
     lhs, rhs = _with_own_batch(lhs), _with_own_batch(rhs)
     extras = dataclasses.replace(extras, gate=extras.gate and _with_own_batch(extras.gate))
     batch, m = problem.batch, problem.m
     fold = problem.rhs.batch == 1 and batch > 1 and not _explicit_axes() and _columns_shared(extras)
     if fold:
         lhs = jax.tree.map(lambda a: a.reshape(1, -1, a.shape[2]), lhs)
-        extras = dataclasses.replace(extras, **{f: _into_rows(getattr(extras, f), batch, m) for f in _BY_ROW})
+        by_row: dict[str, Any] = {f: _into_rows(getattr(extras, f), batch, m) for f in _BY_ROW}
+        extras = dataclasses.replace(extras, **by_row)
         left = dataclasses.replace(problem.lhs, batch=1, free=batch * m)
         problem = dataclasses.replace(problem, m=batch * m, lhs=left)
     if how.ambient_config is None:
@@ -165,8 +167,13 @@ def _unflatten(problem: MatmulProblem, leaves: Sequence[Any]) -> Operands:
 @functools.lru_cache(maxsize=4096)
 def _structure(problem: MatmulProblem) -> Any:
     """The tree of the operands: which arrays a problem has."""
-    some = lambda there, x=0: x if there else None
-    tensor = lambda x: Tensor(0, some(x.is_quantized), some(x.zero_point), x.codebook)  # type: ignore[arg-type]
+
+    def some(there: Any, x: Any = 0) -> Any:
+        return x if there else None
+
+    def tensor(x: Operand) -> Tensor:
+        return Tensor(some(True), some(x.is_quantized), some(x.zero_point), x.codebook)
+
     q, e = problem.quantize_lhs, problem.epilogue or Epilogue()
     extras = Extras(
         lhs_scale=some(q and q.static),
@@ -295,9 +302,10 @@ def _lower(ctx, *args, problem: MatmulProblem, how: How, platform: str | None):
     count, shardings = len(ctx.avals_out), tuple(aval.sharding for aval in ctx.avals_out)
 
     def fun(*arrays):
-        def run(*operands):
+        def alone(*operands):
             return tuple(jax.tree.leaves(impl.run(problem, *operands, config=config, chip=chip)))[:count]
 
+        run: Any = alone
         if impl.name == "xla" and _explicit_axes():
             run = jax.sharding.auto_axes(run, out_sharding=shardings)
         return run(*_unflatten(problem, arrays))

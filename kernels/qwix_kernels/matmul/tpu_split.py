@@ -63,7 +63,7 @@ def run(
 ) -> jax.Array | Tensor:
     """As `tpu.run`, whatever is fused round the product."""
     part = _kernel_part(problem, chip, config)
-    kernel = functools.partial(tpu.run, part, config=config, chip=chip, interpret=interpret)
+    kernel: Any = functools.partial(tpu.run, part, config=config, chip=chip, interpret=interpret)
     if part == problem:
         return kernel(lhs, rhs, extras)
     if problem.norm and not part.norm:

@@ -91,8 +91,7 @@ def fused_dot_general(
     free, static = len(call.plan.rhs.free), call.options["quantize_out"].static
     rows = (1,) * (len(shape) - free) if static else shape[: len(shape) - free]
     scale = out.scale.reshape((*rows, *(1,) * (free - 1), *((out.scale.shape[2],) if free else ())))
-    qtype = numerics.canonical_qtype(fused["out_qtype"])
-    return qarray.QArray(out.values.reshape(shape), scale.astype(jnp.float32), None, qtype)
+    return qarray.QArray(out.values.reshape(shape), scale.astype(jnp.float32))
 
 
 def fused_problem(*args: Any, **kwargs: Any) -> MatmulProblem:
@@ -120,6 +119,7 @@ def _call(
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> _Call:
+    check_names(fused)
     lhs, rhs, numbers = _dot._operands(lhs, rhs, dimension_numbers, act_how)
     plan = dot_plan.make_plan(
         lhs,
@@ -163,6 +163,14 @@ def _call(
         "quantize_out": out,
     }
     return _Call(left, right, extras, options, plan)
+
+
+def check_names(fused: FusedOptions) -> None:
+    """Raises TypeError for a keyword that is none of `FusedOptions`."""
+    unknown = set(fused) - FusedOptions.__optional_keys__
+    if unknown:
+        known = ", ".join(sorted(FusedOptions.__optional_keys__))
+        raise TypeError(f"Unknown keyword {', '.join(sorted(unknown))}; what can be fused: {known}.")
 
 
 def _rows(fused: FusedOptions, act_how: HowToQuantize | None, plan: dot_plan.Plan) -> RowQuantize | None:
