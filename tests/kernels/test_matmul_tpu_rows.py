@@ -4,6 +4,7 @@ A weight that is the identity shows it: each result is one stored value times it
 """
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +63,8 @@ def shown(x, how, weight, chip, config=None, scale=None, out="float32"):
 def expected(x, how, strategy, scale=None) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"):
         stored = reference.quantize_rows(np.asarray(x), how, scale)
-        q = np.asarray(stored.values).astype(np.float32)
-        s = np.repeat(np.asarray(stored.scale, np.float32), q.shape[2] // stored.scale.shape[2], axis=2)
+        q, s = np.asarray(stored.values).astype(np.float32), np.asarray(stored.scale, np.float32)
+        s = np.repeat(s, q.shape[2] // s.shape[2], axis=2)
         product = q * s
     return product.astype(ml_dtypes.bfloat16).astype(np.float32) if strategy == "before" else product
 
@@ -224,7 +225,8 @@ def test_compiles(chip):
         sds = jax.ShapeDtypeStruct
         rhs = (sds((1, 1024, 512), jnp.dtype(weight)), sds((1, 1024 // (tile or 1024), 512), jnp.float32))
         scale = sds((1, 1, 1024 // (tile or 1024)), jnp.float32) if how and how.static else None
-        extras = Extras(scale, sds((1, 1, 1024), jnp.bfloat16) if norm else None)
+        given: Any = (scale, sds((1, 1, 1024), jnp.bfloat16) if norm else None)
+        extras = Extras(*given)
 
         def op(x, w, extras, how=how):
             problem = problem_of(x, Tensor(*w), extras, quantize_lhs=how, out_dtype="bfloat16")

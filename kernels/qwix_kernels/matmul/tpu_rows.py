@@ -92,14 +92,18 @@ def _quantize_rows(plan: Plan, r: Refs, step: jax.Array, at: Any) -> None:
     assert q is not None
     load = _loader(plan, r, step, at)
     groups = values.quantized_runs(plan.block_k, plan.lhs_tile)
-    scale = None if plan.lhs_tile else _whole_scale(plan, r, step, at, load, [lanes for lanes, _ in groups])
-    inverse = None if scale is None else values.inverse(scale, q)
+    whole = None
+    if not plan.lhs_tile:
+        scale = _whole_scale(plan, r, step, at, load, [lanes for lanes, _ in groups])
+        whole = scale, values.inverse(scale, q)
     for lanes, runs in groups:
         x, done = load(lanes), []
         size = jnp.abs(x) if plan.lhs_tile and not q.static else x
         for run in runs:
             part = slice(run.start - lanes.start, run.stop - lanes.start)
-            if plan.lhs_tile:
+            if whole:
+                scale, inverse = whole
+            else:
                 scale = _run_scale(plan, r, step, at, size[:, part], run)
                 inverse = values.inverse(scale, q)
             stored = values.quantize(x[:, part].astype(jnp.float32) * inverse, q)
