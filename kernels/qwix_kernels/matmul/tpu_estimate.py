@@ -39,17 +39,18 @@ _SCALES = ("bfloat16", "float32", "float8_e8m0fnu", "float8_e4m3fn")
 _QUANTIZED_TO = ("int8", "int4", "float8_e4m3fn", "float8_e5m2")
 # Vector operations per 1024 elements.
 _WIDEN = {"int8": 2.7, "int4": 2.9, "uint8": 2.5, "uint4": 2.6, "nf4": 7.0, FP4: 3.5, "float8": 5.0}
-_WIDEN_16 = {"int8": 0.7, "int4": 0.7, "nf4": 8.5}  # to bfloat16, where the vector unit has that
-_WIDEN_8 = {FP4: 0.7, "float8": 0.7}  # the same where float8 is native
+_WIDEN_16 = {"int8": 0.55, "int4": 0.55, "nf4": 8.5}  # to bfloat16, where the vector unit has that
+_WIDEN_8 = {FP4: 0.55, "float8": 0.55}  # the same where float8 is native
 # Widened by the compiler, on the way into the matrix unit: integers and e4m3, without and with `bf16_math`.
 _FP4_TO_FP8 = 1.3
 _WIDEN_WIDE = 0.5
 _MIXED = {False: (2.4, 1.0), True: (0.6, 0.8)}
 _SCALE_WEIGHT = 2.0  # multiply, and half a pack to bfloat16
-_SCALE_WEIGHT_16 = 0.8
+_SCALE_WEIGHT_16 = 0.5
 # Cycles to hand 1024 weights to the matrix units, by their columns: in bfloat16, and in 8 bits.
 _PUSH = {128: (0.28, 0.28), 256: (0.46, 0.29)}
 _SCALE_PARTIAL = 2.2  # multiply and add
+_STACKED = 0.4  # registers that move out of the way
 # Rows, without and with `bf16_math`; a tile of one register more, each exchange of lanes in a narrower one.
 _QUANTIZE_ROW = {"int": (8.0, 6.8), "float8": (11.0, 8.8), "native": (5.0, 4.3)}
 _TILE_SCALE, _EXCHANGE, _NORM = 7.0, 3.0, 11.0
@@ -298,7 +299,7 @@ def _partial_ops(plan: Plan) -> float:
     runs = pl_cdiv(plan.block_k, plan.chunk)
     each = 1.0 * (plan.partial == "int32" or plan.integer)
     if plan.strategy == "after":
-        each += _SCALE_PARTIAL + (plan.lhs_tile > 0)
+        each += _SCALE_PARTIAL + (plan.lhs_tile > 0) + _STACKED * (plan.stack > 1)
     elif runs > 1:
         each += 1
     return each * runs * plan.stack * plan.block_m * _lanes(plan.block_n) / 1024

@@ -27,8 +27,10 @@ The ladder: static kilocycles for 1024 x 4096 x 4096, rows quantized inside the 
     wf8af8      v6e  126 both sides cast to bfloat16 in VMEM -> 81 rows rounded by arithmetic (a cast
                      there and back costs twice that), weights handed over as they are
     w4a16_g128  v6e  M=16: 23 in blocks of 128 columns (half of the unit's width) -> 8.5 in blocks of 512
-    wnf4a16_g64 v6e  149 tree of selects on the bits of a code -> 95 gather along the lanes. M=16: 64,
-                     bound by the XLU at one gather per cycle: six times what HBM needs
+    wnf4a16_g64 v6e  149 tree of selects on the bits of a code -> 95 gather along the lanes -> 79 permutation
+                     of sublanes (the ladder: tpu_codebook.py)
+    w4a16_g64   v6e  M=16, N=14336: 60 each tile scaled in float32 before the dot -> 33 (HBM needs 34) in
+                     bfloat16, before. v5e: 80 -> 58 (HBM time) after, two tiles as twice the rows of the lhs
     long K      v6e  w8a8 1024 x 28672 x 8192: 780 with the sum of seven parts of K in VMEM against 582 (HBM
                      time) with the whole K in one block, so parts are used only where the whole does not fit
 
