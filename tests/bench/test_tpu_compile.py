@@ -14,9 +14,10 @@ import pytest
 from bench import tpu_compile
 
 ROOT = pathlib.Path(__file__).parents[2]
-CHILD = """
-import dataclasses, json, sys
+CHILD = '''
+import dataclasses, json, os, shutil, sys
 from bench import tpu_compile
+from bench.cache import Cache
 tpu_compile.prepare(sys.argv[1])
 import jax, jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -70,7 +71,22 @@ def int4(n):
         out_specs=pl.BlockSpec((512, 256), lambda i, j: (i, j)), out_shape=shape(2048, n),
     ), shape(512, n, dtype=jnp.int4)
 
+def nested(blocks):
+    # In each of 3 steps a pipeline of its own goes over the whole array.
+    def kernel(x, o):
+        def body(x_block, o_block):
+            o_block[...] = x_block[...] * 2.0
+        spec = pl.BlockSpec((64, 128), lambda i: (i, 0))
+        pltpu.emit_pipeline(body, grid=(blocks,), in_specs=[spec], out_specs=[spec])(x, o)
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        kernel, grid=(3,), in_specs=[anywhere], out_specs=anywhere, out_shape=shape(64 * blocks, 128)
+    ), shape(64 * blocks, 128)
+
 PROGRAMS = {
+    "nested 8": ("v5e", nested(8)),
+    "nested 16": ("v5e", nested(16)),
+    "nested 32": ("v5e", nested(32)),
     "bf16 v5e": ("v5e", matmul(1024, 4096, 4096, 512, 512, 1024, "bfloat16")),
     "int8 v6e": ("v6e", matmul(512, 1024, 1024, 512, 256, 1024, "int8")),
     "bf16 v7x": ("v7x", matmul(512, 1024, 1024, 512, 512, 512, "bfloat16")),
@@ -87,7 +103,29 @@ for name, (chip, (fn, *args)) in PROGRAMS.items():
     cost = tpu_compile.price(chip, sys.argv[1], fn, *args)
     ops = [dataclasses.asdict(op) for op in cost.ops]
     print("@" + json.dumps([name, ops, cost.static_us, cost.compute_us, cost.memory_us]), flush=True)
+
+# What is kept: found again for the same program from other lines of source, and only for that.
+DOUBLE = """
+def kernel(x, o):
+    o[...] = x[...] * FACTOR
+def fn(x):
+    return pl.pallas_call(kernel, out_shape=shape(8, 128))(x)
 """
+def double(lines, factor):
+    names = {"pl": pl, "shape": shape, "FACTOR": factor}
+    exec(compile("\\n" * lines + DOUBLE, "double.py", "exec"), names)
+    return names["fn"]
+
+kept = Cache(sys.argv[1] + " kept")
+first = tpu_compile.price("v5e", sys.argv[1], double(0, 2.0), shape(8, 128), cache=kept)
+shutil.rmtree(sys.argv[1])
+read = Cache(sys.argv[1] + " kept")
+again = tpu_compile.price("v5e", sys.argv[1], double(7, 2.0), shape(8, 128), cache=read)
+compiled = os.path.exists(sys.argv[1])
+tpu_compile.price("v5e", sys.argv[1], double(0, 3.0), shape(8, 128), cache=kept)
+facts = [first == again, compiled, os.path.exists(sys.argv[1])]
+print("@" + json.dumps(["kept", [], *map(float, facts)]), flush=True)
+'''
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +202,20 @@ def test_a_body_under_when_is_charged_only_in_its_steps(priced):
     always = only(priced, "chain 40")["bundles"] - only(priced, "chain 20")["bundles"]
     sometimes = only(priced, "chain 40 when 2")["bundles"] - only(priced, "chain 20 when 2")["bundles"]
     assert sometimes * 6 == always * 2
+
+
+def test_a_pipeline_in_a_step_of_the_grid(priced):
+    bundles = [only(priced, f"nested {n}")["bundles"] for n in (8, 16, 32)]
+    assert bundles[2] - bundles[1] == 2 * (bundles[1] - bundles[0])
+    # Each block is loaded, doubled and stored: eight registers of 1024 numbers, one store a bundle.
+    assert bundles[1] - bundles[0] >= 3 * 8 * 8
+    for n in (8, 16, 32):
+        assert only(priced, f"nested {n}")["hbm_bytes"] == 3 * 2 * n * 64 * 128 * 4
+
+
+def test_a_price_that_is_kept(priced):
+    same, compiled_again, other_compiled = priced["kept"]["us"]
+    assert same and not compiled_again and other_compiled
 
 
 def test_xla_ops_carry_the_compilers_estimate(priced):
