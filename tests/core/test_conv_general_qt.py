@@ -57,7 +57,7 @@ def convolutions(draw):
     return (lhs, rhs), options
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(case=convolutions(), seed=st.integers(0, 9))
 def test_integers_are_exact_in_any_geometry(case, seed, exact_training):
     (lhs, rhs), options = case

@@ -64,7 +64,7 @@ def dots(draw):
     return f"{terms[0]},{terms[1]}->{batch}{free}", numbers, [tuple(groups[c] for c in t) for t in terms]
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(case=dots(), seed=st.integers(0, 9))
 def test_integers_are_exact_for_any_axes(case, seed, exact_training):
     subscripts, numbers, shapes = case
@@ -125,7 +125,7 @@ def test_gradients_multiply_with_what_the_forward_op_stored(options, dense, chec
     check_einsum(dw, "mk,mn->kn", _stored(config, x, "lhs"), g)
 
 
-@pytest.mark.parametrize("grad", ["int8", "int4", "float8_e5m2"])
+@pytest.mark.parametrize("grad", ["int8", "float8_e5m2"])
 @pytest.mark.parametrize("options", FORMATS, ids=str)
 def test_quantized_gradients_are_as_good_as_their_grid(options, grad, dense):
     """|dx - g w| <= sum of |w / s| times half a step of the grid of g s, and rounding; the same for dw."""
@@ -438,8 +438,9 @@ def _rounded(key, x, w, g, qtype, method="uniform", axes=(0, 1), **options):
     return _vjp(config, x, w, g)[1:]
 
 
-@pytest.mark.parametrize("qtype", ["int4", "int3", "float8_e5m2"])
-@pytest.mark.parametrize("method", ["uniform", "low_bit_uniform"])
+@pytest.mark.parametrize(
+    "qtype, method", [("int4", "low_bit_uniform"), ("int3", "uniform"), ("float8_e5m2", "uniform")]
+)
 def test_stochastic_rounding_is_right_on_average(qtype, method, dense):
     """The mean over n keys is within 6 standard errors: of one value at most half a step, of sums their root.
 
