@@ -27,7 +27,7 @@ KERNEL_IMPORTS = {"jax", "numpy", "qwix_kernels"} | sys.stdlib_module_names
 PROVIDERS = "qwix._src.providers"
 PROVIDER_BASES = {f"{PROVIDERS}.boxed_param"}
 OUTSIDE = ("bench", "tests", "examples")
-EXCEPTIONS = {("bench.compile_time", "examples.smollm2")}  # it measures that very model
+EXCEPTIONS = {("bench.compile_ratios", "examples.smollm2")}  # it measures that very model
 
 
 def within(module: str, package: str) -> bool:

@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from bench import compile_time
+from bench import compile_ratios
 
 ROOT = pathlib.Path(__file__).parents[2]
 HLO = """
@@ -27,9 +27,9 @@ def test_ratios_are_of_programs_compiled_in_turn(monkeypatch):
         asked.append((target, name))
         return next(seconds[name]), HLO.format(lines="\n".join(ADD.format(i=i) for i in range(lines[name])))
 
-    monkeypatch.setattr(compile_time, "program", lambda scheme, blocks, length: (scheme, ()))
-    monkeypatch.setattr(compile_time, "compiled_text", fake)
-    (row,) = compile_time.measure(["v5e"], ["w8a8"], blocks=3, length=8, rounds=2)
+    monkeypatch.setattr(compile_ratios, "program", lambda scheme, blocks, length: (scheme, ()))
+    monkeypatch.setattr(compile_ratios, "compiled_text", fake)
+    (row,) = compile_ratios.measure(["v5e"], ["w8a8"], blocks=3, length=8, rounds=2)
     # The first is thrown away; then 1/2 and 6/4.
     assert (row["low"], row["ratio"], row["high"]) == (0.75, 1.0, 1.25)
     assert row["instructions_ratio"] == 1.5 and row["kernels"] == row["distinct_kernels"] == 0
@@ -38,7 +38,7 @@ def test_ratios_are_of_programs_compiled_in_turn(monkeypatch):
 
 def test_both_programs_are_the_model_in_bfloat16():
     for scheme in ("float", "int8"):
-        fn, (state, tokens) = compile_time.program(scheme, blocks=1, length=4)
+        fn, (state, tokens) = compile_ratios.program(scheme, blocks=1, length=4)
         dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(state)}
         assert dtypes == ({"bfloat16"} if scheme == "float" else {"bfloat16", "int8"})
         assert jax.eval_shape(fn, state, tokens).shape == (1, 4, 49152)

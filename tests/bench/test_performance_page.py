@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from qwix_kernels.chips import CHIPS
 
-from bench import page_cells, page_summary, performance_page, roofline, suites, targets
+from bench import page_cells, page_files, page_summary, roofline, suites, targets
 from bench.shapes import scheme
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,7 +60,7 @@ ANSWERS = [
 
 @pytest.fixture(scope="module")
 def files() -> dict[str, str]:
-    return performance_page.build(ANSWERS)
+    return page_files.build(ANSWERS)
 
 
 def line_of(text: str, start: str) -> list[str]:
@@ -145,8 +145,8 @@ def test_measured_parts_say_that_they_are(monkeypatch):
     compiled = {"scheme": "w8a8", "target": "v5e", "ratio": 1.1, "low": 1.0, "high": 1.2}
     compile_time = {"rows": [compiled | {"instructions_ratio": 1.5, "kernels": 210}]}
     recorded = {"cpu": cpu, "compile_time": compile_time}
-    monkeypatch.setattr(performance_page, "recorded", recorded.get)
-    page = performance_page.build(ANSWERS)["performance.md"]
+    monkeypatch.setattr(page_files, "recorded", recorded.get)
+    page = page_files.build(ANSWERS)["performance.md"]
     assert "0.50 (0.40-0.60)" in section(page, "## CPU, measured")
     assert "1 of 2 met" in page and "- w4a8 takes 9.00x" in page and "fine" not in page
     assert line_of(section(page, "## Compile time, measured"), "w8a8")[2:4] == ["1.10", "1.00-1.20"]
@@ -163,7 +163,7 @@ def test_points_of_the_roofline_by_hand():
 
 def test_plots_are_the_same_every_time(files):
     text = files["figures/roofline_v5e.svg"]
-    assert performance_page.build(ANSWERS)["figures/roofline_v5e.svg"] == text
+    assert page_files.build(ANSWERS)["figures/roofline_v5e.svg"] == text
     assert ET.fromstring(text).tag.endswith("svg")
     assert "w8a8" in text and "static" in text and "<dc:date>" not in text
 
@@ -175,7 +175,7 @@ def test_all_main_schemes_can_be_drawn():
 
 def test_nothing_priced_on_a_chip():
     failed = [{"chip": "v7x", "scheme": "w8a8", "m": 1, "k": 8, "n": 8, "error": "no TPU compiler"}]
-    files = performance_page.build(failed)
+    files = page_files.build(failed)
     assert "Nothing has a price: no TPU compiler" in files["performance.md"]
     assert "figures/roofline_v7x.svg" not in files
 
@@ -205,15 +205,15 @@ def test_files_that_are_not_of_bench_price(tmp_path, text):
     path = tmp_path / "suite.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"suite\.json"):
-        performance_page.load(str(path))
+        page_files.load(str(path))
     with pytest.raises(ValueError, match="Cannot read"):
-        performance_page.load(str(tmp_path / "none.json"))
+        page_files.load(str(tmp_path / "none.json"))
 
 
 def test_one_answer_is_a_suite_too(tmp_path):
     path = tmp_path / "one.json"
     path.write_text(json.dumps(answer()))
-    assert performance_page.load(str(path)) == [answer()]
+    assert page_files.load(str(path)) == [answer()]
 
 
 def test_shapes_with_a_batch():

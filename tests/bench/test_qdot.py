@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
 
-from bench import cpu_ratios, cpu_targets, device_trace, measured, qdot, qdot_tables
+from bench import cpu_ratios, cpu_targets, device_trace, measured, qdot_rows, qdot_tables
 from bench.shapes import scheme
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -52,7 +52,7 @@ planes { name: "/device:GPU:0"
 """
 
 
-@pytest.mark.parametrize("module", ["device_trace", "cpu_ratios", "measured", "qdot"])
+@pytest.mark.parametrize("module", ["device_trace", "cpu_ratios", "measured", "qdot_rows"])
 def test_examples_in_docstrings(module):
     assert doctest.testmod(importlib.import_module(f"bench.{module}")).failed == 0
 
@@ -160,10 +160,10 @@ def test_targets_are_missed_where_three_quarters_of_the_rounds_say_so():
 
 def test_only_undocumented_misses_fail_the_check(monkeypatch):
     targets = lambda: {"targets": [v.as_dict() for v in cpu_targets.verdicts([GROUP])]}
-    assert {t["ours"] for t in qdot.undocumented(targets())} == {"w4a8", "w8a8"}
+    assert {t["ours"] for t in qdot_rows.undocumented(targets())} == {"w4a8", "w8a8"}
     reasons = {(cpu_targets.NO_SLOWER, "w8a8"): "because", (cpu_targets.INT4, "w4a8"): "so it is"}
     monkeypatch.setattr(cpu_targets, "DOCUMENTED", reasons)
-    assert not qdot.undocumented(targets())
+    assert not qdot_rows.undocumented(targets())
     assert any("missed (because)" in t["said"] for t in targets()["targets"])
 
 
@@ -212,7 +212,7 @@ def test_the_reference_runs_in_its_own_process_beside_ours(fake_reference):
     assert group.schemes == ("w8a8", "w8a8_g16")
     assert {len(times) for times in group.seconds.values()} == {3}
     assert {v.theirs for v in cpu_targets.verdicts(groups)} == {"google/qwix w8a8", "google/qwix w8a8_g16"}
-    rows = qdot.cpu_rows(groups)
+    rows = qdot_rows.cpu_rows(groups)
     assert rows[0]["ratio_to_reference"]["median"] > 0 and rows[0]["ratio_to_float32"]["low"] > 0
 
 
@@ -232,14 +232,14 @@ def test_interpreters_without_the_reference_are_refused(tmp_path):
 )
 def test_shapes_that_are_none(text):
     with pytest.raises(ValueError, match="A shape is M x K x N"):
-        qdot.parse_shape(text)
+        qdot_rows.parse_shape(text)
 
 
 def test_schemes_that_do_not_fit():
     with pytest.raises(ValueError, match="128 does not divide K=200"):
-        qdot.checked(["1x200x8"], ["w8a8_g128"])
+        qdot_rows.checked(["1x200x8"], ["w8a8_g128"])
     with pytest.raises(ValueError, match=r"CPU ratios are .* not of w8a8_b128"):
-        qdot.checked(["1x256x128"], ["w8a8_b128"], on_cpu=True)
+        qdot_rows.checked(["1x256x128"], ["w8a8_b128"], on_cpu=True)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
