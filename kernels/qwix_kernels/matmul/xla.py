@@ -31,6 +31,8 @@ from qwix_kernels.problem import CODEBOOKS, NO_EXTRAS, Extras, MatmulProblem, Te
 # Runs of K that share their scales and are shorter than this are scaled before the dot: each dot would do too
 # little.
 MIN_TILE = 32
+# Up to here weights that are exact in bfloat16 are scaled tile by tile after the dot, else before it.
+FEW_ROWS = 32
 # The longest sum of products (a - za) * (b - zb) of bytes that is sure to fit int32.
 MAX_RUN = 1 << 15
 
@@ -287,8 +289,10 @@ def _float_dot(problem: MatmulProblem, left: Side, right: Side) -> jax.Array:
     if not (left.varies_along_k or right.varies_along_k):
         return _scaled(dot(left, right), left, right)
     weight_only = jnp.bfloat16 in (left.values.dtype, right.values.dtype)
-    # 8-bit floats and codebooks take long to widen on a CPU, and much longer tile by tile.
-    at_once = weight_only and any(x.is_slow_to_widen for x in (left, right))
+    # 8-bit floats and codebooks take long to widen on a CPU, and much longer tile by tile; many rows make
+    # partial results larger than the weight.
+    many_rows = not isinstance(problem.m, int) or problem.m > FEW_ROWS  # a symbolic size may be large
+    at_once = weight_only and (many_rows or any(x.is_slow_to_widen for x in (left, right)))
     if dtype == jnp.bfloat16 and math.gcd(left.tile, right.tile) >= MIN_TILE and not at_once:
         return _sum_over_tiles(problem.k, left, right, None, dot)
     if not weight_only:
