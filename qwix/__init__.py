@@ -11,6 +11,7 @@ from qwix._src.core.dot_general import dot, dot_general
 from qwix._src.core.einsum import einsum
 from qwix._src.core.qarray import QArray, dequantize, is_quantized
 from qwix._src.core.qarray import quantize_api as quantize
+from qwix._src.core.ragged_dot import ragged_dot, ragged_dot_general
 from qwix._src.core.sparsity import SparsityRule
 from qwix._src.core.transposed_qarray import TransposedQArray, transpose_qarray
 from qwix._src.model import quantize_model
@@ -54,6 +55,8 @@ __all__ = [
     "quantize",
     "quantize_model",
     "quantize_params",
+    "ragged_dot",
+    "ragged_dot_general",
     "report",
     "transpose_qarray",
 ]
