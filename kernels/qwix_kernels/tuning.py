@@ -191,19 +191,19 @@ def _found(
 def warn_if_far(problem: Any, chip: Chip, implementation: str, static_us: float) -> None:
     """Says that a problem which no entry is near to runs with the heuristic's blocks, where that may matter.
 
-    Once per kind of problem, where the kind was tuned on this chip but only for weights more than `FAR`
-    octaves away, and the problem takes 20 us or more. The environment variable QWIX_TUNING_WARN=1 has every
-    such problem named, QWIX_TUNING_WARN=0 none.
+    Once per kind of problem, where the user's own file has entries of the kind on this chip, every tuned
+    weight of the kind is more than `FAR` octaves away, and the problem takes 20 us or more. The environment
+    variable QWIX_TUNING_WARN=1 has every problem named that no entry is near to, QWIX_TUNING_WARN=0 none.
     """
     asked = os.environ.get("QWIX_TUNING_WARN", "")
-    octaves = octaves_to_nearest(problem, chip, implementation)
-    if asked == "0" or (asked != "1" and (octaves is None or octaves <= FAR or static_us < _WORTH_US)):
+    octaves, users = octaves_to_nearest(problem, chip, implementation)
+    if asked == "0" or (asked != "1" and (users is None or octaves <= FAR or static_us < _WORTH_US)):
         return
     wanted = tuning_files.parse_key(key(problem))
     once = key(problem) if asked == "1" or wanted is None else wanted.kind
     if (chip.name, once) not in _FAR_SAID:
         _FAR_SAID.add((chip.name, once))
-        where = "nothing of its kind" if octaves is None else f"nothing within {octaves:.1f} octaves"
+        where = "nothing of its kind" if octaves == math.inf else f"nothing within {octaves:.1f} octaves"
         warnings.warn(
             f"{key(problem)} runs on {chip.name} with blocks chosen by formula: {where} was tuned. "
             "`python -m bench.tune` tunes it without a chip; QWIX_TUNING_WARN=0 silences this.",
@@ -214,18 +214,20 @@ def warn_if_far(problem: Any, chip: Chip, implementation: str, static_us: float)
 _FAR_SAID: set[tuple[str, str]] = set()
 
 
-def octaves_to_nearest(problem: Any, chip: Chip, implementation: str) -> float | None:
-    """How far the nearest tuned weight of this kind is, for any M; None where none of the kind was tuned."""
+def octaves_to_nearest(problem: Any, chip: Chip, implementation: str) -> tuple[float, float | None]:
+    """How far the nearest tuned weight of this kind is, for any M; and the nearest in the user's own file.
+
+    Infinity where none of the kind was tuned, and None where the user's file has none.
+    """
     wanted = tuning_files.parse_key(key(problem))
     if wanted is None:
-        return None
-    have = [
-        entry.problem
-        for *_, table in _tables(chip, implementation)
-        for entry in table.by_kind.get(wanted.kind, ())
-        if entry.problem
-    ]
-    return min((wanted.octaves(x) for x in have), default=None)
+        return math.inf, None
+    near: dict[str, float] = {}
+    for _, source, table in _tables(chip, implementation):
+        for entry in table.by_kind.get(wanted.kind, ()):
+            if entry.problem:
+                near[source] = min(near.get(source, math.inf), wanted.octaves(entry.problem))
+    return min(near.values(), default=math.inf), near.get("user cache")
 
 
 def save(problem: Any, chip: Chip, implementation: str, config: Any) -> pathlib.Path:

@@ -342,6 +342,8 @@ def test_an_exact_entry_that_does_not_fit_is_reported_once(files):
 
 def test_far_from_everything_tuned_is_said_once_where_it_matters(files, monkeypatch):
     package(files, [(w8a8(1024, 512, 512), {"static_us": 1.0})], IMPLEMENTATION)
+    dispatch.warn_of_untuned(explain(w8a8(1024)), V5E)  # who does not tune is not told to
+    tuning.save(w8a8(1024, 512, 256), V5E, IMPLEMENTATION, TpuConfig(512, 256, 512))
     say = lambda p: dispatch.warn_of_untuned(explain(p), V5E)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
