@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwix_kernels.matmul import RowQuantize, Tensor, elementwise, matmul, problem_of, reference, xla
+from qwix_kernels.matmul import RowQuantize, Tensor, elementwise, matmul, problem_of, reference
 
 SIZES = (1, 2, 3, 7, 13, 32, 48)
 TILES = (1, 2, 5, 16, 32, 40, 64)
