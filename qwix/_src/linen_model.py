@@ -15,7 +15,7 @@ import jax
 from flax import traverse_util
 from flax.core import scope as flax_scope
 
-from qwix._src import interception, model_class, op_trace, qconfig, qt_linen
+from qwix._src import interception, linen_scope, model_class, op_trace, qconfig, qt_linen
 from qwix._src.core import qarray
 from qwix._src.model_weights import Discovery, Found
 from qwix._src.providers.boxed_param import BoxedParamProvider, create_quantized_param
@@ -57,7 +57,7 @@ def call(
     elif model.is_initializing() and not _holds_quantized(model):
         output = _initialize(provider, plain, model, args, kwargs)
     else:
-        params = _params(model)
+        params = linen_scope.params_of(model)
         scales = StaticScales(lambda path, name: _get(params, path, name), None)
         output = _run(provider, scales, model, lambda: plain(model, *args, **kwargs))
     return provider.process_model_output(method, output)
@@ -121,11 +121,11 @@ def _initialize(
     provider: BoxedParamProvider, plain: Callable[..., Any], model: nn.Module, args: Any, kwargs: Any
 ) -> Any:
     """Makes float params, quantizes them where they are, and returns what the quantized module does."""
-    scope = _scope(model)
+    scope = linen_scope.scope_of(model)
     rngs = {name: flax_scope.LazyRng.create(rng).as_jax_rng() for name, rng in scope.rngs.items()}
-    before = {c: v for c, v in _variables(model).items() if c != "params"}
+    before = {c: v for c, v in linen_scope.variables_of(model).items() if c != "params"}
     plain(model, *args, **kwargs)
-    variables = _variables(model)
+    variables = linen_scope.variables_of(model)
     apply = lambda variables: model.clone(parent=None).apply(
         variables, *args, rngs=rngs, mutable=True, method=plain, **kwargs
     )[0]
@@ -133,8 +133,8 @@ def _initialize(
     params = scope._mutable_collection("params")
     for key, what in found.items():
         _quantize(provider, params, key, what)
-    stored = {"params": flax_util.unbox(_plain(params))}
-    writes = lambda path, name, value: _put(params, path, name, value)
+    stored = {"params": flax_util.unbox(linen_scope.plain(params))}
+    writes = lambda path, name, value: linen_scope.put(params, path, name, value)
     scales = StaticScales(lambda path, name: _get(params, path, name), writes)
     provider.finish()
     output = _run(provider, scales, model, lambda: apply({**variables, **before, **stored}))
@@ -179,35 +179,11 @@ def _quantize(provider: BoxedParamProvider, params: Any, key: tuple[Any, ...], w
     params[name] = weight
 
 
-def _scope(model: nn.Module) -> flax_scope.Scope:
-    if model.scope is None:
-        raise ValueError(f"{type(model).__name__} is not bound to variables.")
-    return model.scope
-
-
-def _variables(model: nn.Module) -> dict[str, Any]:
-    """The module's own variables, unboxed, as nested dicts that are nobody else's."""
-    scope = _scope(model)
-    return {c: flax_util.unbox(_plain(scope._collection(c))) for c in scope.root._variables}
-
-
-def _params(model: nn.Module) -> Any:
-    return _scope(model)._collection("params")
-
-
 def _holds_quantized(model: nn.Module) -> bool:
-    return any(map(_is_aux, jax.tree.leaves(_plain(_params(model)), is_leaf=_is_aux)))
-
-
-def _plain(tree: Any) -> Any:
-    return {k: _plain(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+    return any(
+        map(_is_aux, jax.tree.leaves(linen_scope.plain(linen_scope.params_of(model)), is_leaf=_is_aux))
+    )
 
 
 def _get(params: Any, path: str, name: str) -> Any:
     return flax_util.get_value_from_path(params, (*filter(None, path.split("/")), name))
-
-
-def _put(params: Any, path: str, name: str, value: Any) -> None:
-    for part in filter(None, path.split("/")):
-        params = params.setdefault(part, {})
-    params[name] = value

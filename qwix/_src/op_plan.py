@@ -44,6 +44,31 @@ class OpPlan:
         return dataclasses.replace(self, weight_how=None, act_hows=(None, None), reason=reason)
 
 
+def placed(plan: OpPlan, provider: qconfig.QuantizationProvider, *, in_layer: bool, mapped: bool) -> OpPlan:
+    """The plan, given where the op is: there may be no place for its static scales, which warns once.
+
+    Args:
+      plan: of an op.
+      provider: whose rule asks for static scales.
+      in_layer: whether the op runs once per layer, scanned or not.
+      mapped: whether its weight is several: layers under vmap, or stacked on another axis than the first.
+    """
+    if plan.reason is not None or not plan.is_static or plan.act_hows == (None, None):
+        return plan
+    if in_layer and not mapped:
+        return plan
+    where = (
+        "on layers under vmap or stacked along another axis than the first"
+        if mapped
+        else "in a loop or a branch that isn't a scan over layers"
+    )
+    provider._warn_once(
+        f"Activations of {plan.op_id} in {plan.path!r} are quantized dynamically, against their rule's "
+        f"act_static_scale: the op is {where}."
+    )
+    return dataclasses.replace(plan, dynamic_because=where)
+
+
 def plan_contraction(
     provider: qconfig.QuantizationProvider, op: str, args: Sequence[Any], params: Mapping[str, Any]
 ) -> OpPlan:

@@ -76,7 +76,8 @@ class TrainingExecutor:
         if FLOAT_SCOPE in op_trace.scope_names():
             return trace.bind(primitive, args, params)
         plan = qt_plan.plan_contraction(self.provider, op_name(primitive), args, params)
-        plan = self._placed(plan, args, trace.layer)
+        mapped = qt_plan.is_mapped(_weight(plan, args))
+        plan = op_plan.placed(plan, self.provider, in_layer=trace.layer is not None, mapped=mapped)
         self._record(plan, args, params)
         if plan.reason is not None:
             return trace.bind(primitive, args, params)
@@ -93,23 +94,6 @@ class TrainingExecutor:
         if plan.weight_how is None:
             return rows
         return trace.outside(_rounded, rows, _how_of_rows(plan.weight_how, row_axis, rows.ndim, params))
-
-    def _placed(self, plan: OpPlan, args: Sequence[Any], layer: op_trace.Layer) -> OpPlan:
-        """The plan, given where the op is: there may be no place for its statistics."""
-        if plan.reason is not None or not plan.is_static or plan.act_hows == (None, None):
-            return plan
-        weight = None if plan.weight_side is None else args[plan.weight_side]
-        if qt_plan.is_mapped(weight):
-            where = "on layers under vmap or stacked along another axis than the first"
-        elif layer is None:
-            where = "in a loop or a branch that isn't a scan over layers"
-        else:
-            return plan
-        self.provider._warn_once(
-            f"Activations of {plan.op_id} in {plan.path!r} are quantized dynamically, against their rule's "
-            f"act_static_scale: the op is {where}."
-        )
-        return dataclasses.replace(plan, dynamic_because=where)
 
     def _record(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> None:
         key = plan.path, plan.op_id

@@ -6,7 +6,7 @@ is marked as a weight, which tells layers under vmap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import scope as flax_scope
 
-from qwix._src import interception, op_trace, qconfig
+from qwix._src import interception, linen_scope, op_trace, qconfig
 from qwix._src.op_states import OpStates
 from qwix._src.qt_executor import TrainingExecutor
 from qwix._src.utils import flax_util
@@ -41,11 +41,11 @@ def _initialize(
     provider: QtProvider, plain: Callable[..., Any], model: nn.Module, args: Any, kwargs: Any
 ) -> Any:
     """Makes the params as the float module does; with these the ops, and so their states, are known."""
-    scope = _scope(model)
+    scope = linen_scope.scope_of(model)
     rngs = {name: flax_scope.LazyRng.create(rng).as_jax_rng() for name, rng in scope.rngs.items()}
-    before = _variables(model)
+    before = linen_scope.variables_of(model)
     plain(model, *args, **kwargs)
-    variables = _variables(model)
+    variables = linen_scope.variables_of(model)
     variables |= {collection: tree for collection, tree in before.items() if collection != "params"}
     apply = lambda: model.clone(parent=None).apply(
         variables, *args, rngs=rngs, mutable=True, method=plain, **kwargs
@@ -55,7 +55,7 @@ def _initialize(
 
 def _run(provider: QtProvider, model: nn.Module, fn: Callable[[], Any], *, changes: bool) -> Any:
     """Runs code of the module with its ops trained quantized. `changes`: states may change."""
-    scope = _scope(model)
+    scope = linen_scope.scope_of(model)
     writes = model.is_mutable_collection(COLLECTION)
     stored = scope._collection(COLLECTION)
     read = lambda path, name: flax_util.get_value_from_path(stored, (*filter(None, path.split("/")), name))
@@ -68,30 +68,14 @@ def _run(provider: QtProvider, model: nn.Module, fn: Callable[[], Any], *, chang
             run = interception.wrap_func_intercepted(run, make, disable_jit=provider.disable_jit)
         output = run(handler, lambda _: fn())
     for (path, name), state in handler.emitted.items():
-        _put(scope._mutable_collection(COLLECTION), path, name, state)
+        linen_scope.put(scope._mutable_collection(COLLECTION), path, name, state)
     return output
-
-
-def _scope(model: nn.Module) -> flax_scope.Scope:
-    if model.scope is None:
-        raise ValueError(f"{type(model).__name__} is not bound to variables.")
-    return model.scope
-
-
-def _variables(model: nn.Module) -> dict[str, Any]:
-    """The module's own variables, unboxed, as nested dicts that are nobody else's."""
-    scope = _scope(model)
-    return {c: flax_util.unbox(_plain(scope._collection(c))) for c in scope.root._variables}
 
 
 def _params(model: nn.Module) -> dict[int, tuple[Any, WeightInfo]]:
     """The params that exist, by identity."""
-    flat = traverse_util.flatten_dict(flax_util.unbox(_plain(_scope(model)._collection("params"))))
+    flat = traverse_util.flatten_dict(flax_util.unbox(linen_scope.plain(linen_scope.params_of(model))))
     return {id(x): (x, WeightInfo(path[:-1], path[-1])) for path, x in flat.items() if _is_float(x)}
-
-
-def _plain(tree: Any) -> Any:
-    return {k: _plain(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 def _is_float(x: Any) -> bool:
@@ -115,9 +99,3 @@ def _param(
     if not (unbox and _is_float(value)):
         return value
     return tag(value, WeightInfo(flax_util.from_linen_root(scope.path), name))
-
-
-def _put(tree: Any, path: str, name: str, value: Any) -> None:
-    for part in filter(None, path.split("/")):
-        tree = tree.setdefault(part, {})
-    tree[name] = value

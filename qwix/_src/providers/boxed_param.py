@@ -106,7 +106,10 @@ class Executor:
         self, trace: op_trace.OpTrace, primitive: Any, args: Sequence[Any], params: dict[str, Any]
     ) -> Any:
         plan = op_plan.plan_contraction(self.provider, op_name(primitive), args, params)
-        plan = self._placed(self._settled(plan, args), args, trace.layer)
+        plan = self._settled(plan, args)
+        weight = None if plan.weight_side is None else args[plan.weight_side]
+        mapped = weight is not None and weight.info.mapped
+        plan = op_plan.placed(plan, self.provider, in_layer=trace.layer is not None, mapped=mapped)
         self._record(plan, args, params)
         if plan.reason is not None:
             return trace.bind(primitive, args, params)
@@ -140,23 +143,6 @@ class Executor:
                 "jax.eval_shape(quantized_model.init, rng, *inputs)['params'])."
             )
         return plan.keep_float("the weight was not found at conversion; give quantize_model sample inputs")
-
-    def _placed(self, plan: OpPlan, args: Sequence[Any], layer: op_trace.Layer) -> OpPlan:
-        """The plan, given where the op is: there may be no place for its static scales."""
-        if plan.reason is not None or not plan.is_static or plan.act_hows == (None, None):
-            return plan
-        weight = None if plan.weight_side is None else args[plan.weight_side]
-        if weight is not None and weight.info.mapped:
-            where = "on layers under vmap or stacked along another axis than the first"
-        elif layer is None:
-            where = "in a loop or a branch that isn't a scan over layers"
-        else:
-            return plan
-        self.provider._warn_once(
-            f"Activations of {plan.op_id} in {plan.path!r} are quantized dynamically, against their rule's "
-            f"act_static_scale: the op is {where}."
-        )
-        return dataclasses.replace(plan, dynamic_because=where)
 
     def _record(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> None:
         key = plan.path, plan.op_id
