@@ -211,7 +211,10 @@ def _by_block(plan: Plan, x: jax.Array, tile: int, axis: int) -> jax.Array:
     per_block = plan.block_k // tile
     missing = plan.steps_k * per_block - x.shape[axis]
     if missing:
-        x = jnp.pad(x, [(0, missing if a == axis else 0) for a in range(3)])
+        # Values past the end are zero whatever their scale, unless that is NaN, which e8m0 has in place of zero.
+        nothing = 1 if x.dtype == jnp.float8_e8m0fnu else 0
+        widths = [(0, missing if a == axis else 0) for a in range(3)]
+        x = jnp.pad(x, widths, constant_values=jnp.asarray(nothing, x.dtype))
     shape = x.shape
     if axis == 1:
         return x.reshape(shape[0], plan.steps_k, per_block, shape[2])
