@@ -211,7 +211,7 @@ def _by_block(plan: Plan, x: jax.Array, tile: int, axis: int) -> jax.Array:
     per_block = plan.block_k // tile
     missing = plan.steps_k * per_block - x.shape[axis]
     if missing:
-        # Values past the end are zero whatever their scale, unless that is NaN, which e8m0 has in place of zero.
+        # Values past the end are zero under any scale but NaN, which e8m0 has in place of zero.
         nothing = 1 if x.dtype == jnp.float8_e8m0fnu else 0
         widths = [(0, missing if a == axis else 0) for a in range(3)]
         x = jnp.pad(x, widths, constant_values=jnp.asarray(nothing, x.dtype))
