@@ -43,7 +43,8 @@ def test_links_lead_somewhere(page: pathlib.Path):
 
 def test_every_page_is_in_the_navigation():
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    listed = {path for entry in nav for path in entry.values()}
+    entries = [page for entry in nav for page in entry.values()]
+    listed = {path for page in entries for path in (page if isinstance(page, list) else [page])}
     assert listed == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
 
 
