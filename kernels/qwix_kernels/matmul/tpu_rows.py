@@ -49,6 +49,7 @@ Load = Callable[[slice], jax.Array]
 
 
 def prepare(plan: Plan, r: Refs, step: jax.Array) -> None:
+    """Rows of this K block as the matrix unit gets them, some native tiles at a time, with their scales."""
     rewrite = _convert_rows if plan.problem.quantize_lhs is None else _quantize_rows
     rows = plan.row_step * _AT_A_TIME
     if plan.block_m % rows:
