@@ -153,8 +153,8 @@ def _bundle(chunk: str) -> Bundle:
         elif _SCALAR.match(op) and not op.startswith("inlined"):
             if "megacore core id" in raw:
                 op = "core_id"
-            elif op.startswith("sdivrem"):  # one unit for both; the comment says which result is popped
-                op = "srem.u32" if "kRem" in raw else "sdiv.u32"
+            elif op.startswith("sdivrem"):  # the comment says which results are popped, in this order
+                op = "sdivrem.u32" if "kDivAndRem" in raw else "srem.u32" if "kRem" in raw else "sdiv.u32"
             scalars.append(_scalar(result, op, rest))
     # A phi reads what the predecessors left, so it comes before the bundle's other instructions.
     scalars.sort(key=lambda i: i.op != "sphi")

@@ -250,8 +250,12 @@ class _Scalars:
         operands = [self.value(a) for a in i.args]
         if i.op.startswith("scalar_lea"):
             return _add(*operands)
-        if i.op.startswith("int_to_ptr") or i.op in ("smov", "pmov", "spop.drf"):
+        if i.op.startswith("int_to_ptr") or i.op in ("smov", "pmov"):
             return operands[0]
+        if i.op == "sdivrem.u32":
+            return [_compute("srem.u32", operands), _compute("sdiv.u32", operands)]
+        if i.op == "spop.drf":  # of one division there are up to two results, the quotient first
+            return operands[0].pop() if isinstance(operands[0], list) else operands[0]
         if i.op == "scalar_select":
             chosen, yes, no = operands
             return None if chosen is None else yes if chosen else no

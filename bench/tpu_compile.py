@@ -156,11 +156,15 @@ def compile_for(chip: str, fn: Callable, *args: Any) -> Any:
     return lower_for(chip, fn, *args).compile()
 
 
-def lower_for(chip: str, fn: Callable, *args: Any) -> Any:
-    """As `compile_for`, up to the program that the TPU compiler is given."""
+def lower_for(chip: str, fn: Callable, *args: Any, row_major: bool = False) -> Any:
+    """As `compile_for`, up to the program that the TPU compiler is given.
+
+    With `row_major` the first argument and the results lie row by row in memory.
+    """
     import jax
     import numpy as np
     from jax.experimental import topologies
+    from jax.experimental.layout import Format, Layout
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     if chip not in TOPOLOGY:
@@ -168,13 +172,34 @@ def lower_for(chip: str, fn: Callable, *args: Any) -> Any:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[chip]).devices
     mesh = Mesh(np.array(devices[:1]), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
-    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
+
+
+    def rows(a: Any) -> Any:
+        return Format(Layout(tuple(range(a.ndim))), sharding)
+
+    def placed(i: int, a: Any) -> Any:
+        where = rows(a) if row_major and i == 0 else sharding
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(fn).lower(*args)
+        results = jax.tree.map(rows, jax.eval_shape(fn, *args)) if row_major else None
+        args = [jax.tree.map(lambda a, i=i: placed(i, a), arg) for i, arg in enumerate(args)]
+        return jax.jit(fn, out_shardings=results).lower(*args)
 
 
-def price(chip: str, dump: str | None, fn: Callable, *args: Any, cache: Cache | None = None) -> ProgramCost:
+def price(
+    chip: str,
+    dump: str | None,
+    fn: Callable,
+    *args: Any,
+    cache: Cache | None = None,
+    row_major: bool = False,
+) -> ProgramCost:
     """The static cost of `fn` on one jax device of `chip`. `dump` is the folder that `prepare` was given.
+
+    With `row_major` the first argument and the results lie row by row, as they do between two kernels. Else
+    XLA chooses, for the program alone, the layout that pads least, and turns a matrix with 576 columns round
+    before and after a kernel.
 
     With a `cache`, a program that was priced before is not compiled again: the same text for the TPU compiler
     has the same price, wherever in the sources it comes from.
@@ -182,7 +207,7 @@ def price(chip: str, dump: str | None, fn: Callable, *args: Any, cache: Cache | 
     from qwix_kernels import chips
 
     spec = chips.chip(chip)
-    lowered = lower_for(chip, fn, *args)
+    lowered = lower_for(chip, fn, *args, row_major=row_major)
     key = _key(spec, lowered.as_text())
     if cache and (known := cache.get(key)):
         return ProgramCost(chip, tuple(OpCost(**op) for op in known))

@@ -53,7 +53,9 @@ class Pricer:
             else:
                 op = problems.kernel(wanted, cell.implementation, config)
                 arrays = problems.operands(wanted, *shape)
-                cost = tpu_compile.price(cell.chip, self._dump, op, *arrays, cache=self._cache)
+                cost = tpu_compile.price(
+                    cell.chip, self._dump, op, *arrays, cache=self._cache, row_major=True
+                )
         floor = floors.floor(spec, wanted, *shape)
         return {
             "chip": cell.chip,

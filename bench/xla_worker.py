@@ -1,7 +1,8 @@
 """The process that prices what XLA makes of a cell without a kernel: its baselines, and dispatch's fallback.
 
-Their prices are the compiler's own estimates. A compiler that dumps its bundles takes five times as long over
-them, since XLA tries many blocks for a matmul and would dump each; so this one dumps nothing.
+Their prices are the compiler's own estimates. The baselines have the layouts that XLA likes best, the op
+those that the kernel has. A compiler that dumps its bundles takes five times as long over them, since XLA
+tries many blocks for a matmul and would dump each; so this one dumps nothing.
 
 Run as `python -m bench.xla_worker [CACHE]`, by worker.py.
 """
@@ -40,7 +41,7 @@ def price(cell: Cell, program: str, cache: Cache | None) -> tpu_compile.ProgramC
         op, arrays = problems.xla_bf16, [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fallback is in the answer
-        return tpu_compile.price(cell.chip, None, op, *arrays, cache=cache)
+        return tpu_compile.price(cell.chip, None, op, *arrays, cache=cache, row_major=program == "op")
 
 
 def main(cache_folder: str | None = None) -> None:

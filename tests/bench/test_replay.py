@@ -117,6 +117,19 @@ def test_remainders_and_shifts():
     assert cost(*loop("0", body, 12)).traffic == {"vmem_to_hbm": 32 * sum(i // 2 for i in trips if i % 5 > 2)}
 
 
+def test_one_division_gives_its_quotient_and_then_its_remainder():
+    body = [
+        "%30 = sdivrem.u32 %s11_s1, 5 /* kDivAndRem */",
+        "%s31_s2 = spop.drf %30",
+        "%s32_s3 = spop.drf %30",
+        "%34 = dma.vmem_to_hbm [thread:$0]  /*vmem=*/%s1, /*size_in_granules=*/%s31_s2, %s2",
+        "%35 = dma.hbm_to_vmem [thread:$0]  /*hbm=*/%s1, /*size_in_granules=*/%s32_s3, %s2",
+    ]
+    expected = {"vmem_to_hbm": 32 * sum(i // 5 for i in range(12))}
+    expected["hbm_to_vmem"] = 32 * sum(i % 5 for i in range(12))
+    assert cost(*loop("0", body, 12)).traffic == expected
+
+
 def test_multi_line_comments_do_not_end_a_bundle():
     text = program("%3 = dma.hbm_to_vmem [thread:$0]  /*hbm=*/%s1, /*size_in_granules=*/8 /* x", "")
     text = text.replace("/* x }", "/* \nbase_bounds: (128, 32)\n{window}: 1 */ }")
