@@ -173,7 +173,6 @@ def lower_for(chip: str, fn: Callable, *args: Any, row_major: bool = False) -> A
     mesh = Mesh(np.array(devices[:1]), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
 
-
     def rows(a: Any) -> Any:
         return Format(Layout(tuple(range(a.ndim))), sharding)
 
