@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from qwix_kernels import matmul as matmul_kernel
 from qwix_kernels.problem import MatmulProblem, Tensor
 
-from qwix._src.core import dot_plan, layout, mxfp_dot, numerics, qarray
+from qwix._src.core import dot_plan, explicit_mesh, layout, mxfp_dot, numerics, qarray
 from qwix._src.core.calibration import HowToQuantize
 from qwix._src.core.dot_plan import Plan
 from qwix._src.core.loop_dot_general import loop_dot_general
@@ -90,7 +90,7 @@ def dot_general(
         for integers without scales.
       act_how: quantize a float lhs on the way, inside the kernel where it can (absmax per row).
       implementation: name of a kernel implementation, or names in order; None takes the best that runs.
-      out_sharding: as in `jax.lax.dot_general`; such a dot is left to XLA.
+      out_sharding: as in `jax.lax.dot_general`, for meshes with explicit axes.
 
     Returns:
       Array of the batch axes, the free axes of lhs, the free axes of rhs.
@@ -105,19 +105,19 @@ def dot_general(
     (2, 4)
     """
     lhs, rhs, numbers = _operands(lhs, rhs, dimension_numbers, act_how)
-    plan = dot_plan.make_plan(
-        lhs,
-        rhs,
-        numbers,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-        act_how=act_how,
-        out_sharding=out_sharding,
-    )
+    options: Any = {
+        "precision": precision,
+        "preferred_element_type": preferred_element_type,
+        "act_how": act_how,
+    }
+    plan = dot_plan.make_plan(lhs, rhs, numbers, **options)
     if plan.kind == "float":
         return jax.lax.dot_general(
             lhs, rhs, numbers, precision, preferred_element_type, out_sharding=out_sharding
         )
+    if out_sharding is not None:
+        dot = lambda lhs, rhs: dot_general(lhs, rhs, numbers, implementation=implementation, **options)
+        return explicit_mesh.laid_out(dot, out_sharding)(lhs, rhs)
     if implementation is not None and plan.kind != "kernel":
         if plan.kind == "dequantize":
             raise NotImplementedError(f"{implementation!r} can't run this dot: {plan.reason}.")
@@ -129,7 +129,7 @@ def dot_general(
         if out is not None:
             return out
     if plan.kind == "dequantize":
-        return _dequantized(lhs, rhs, numbers, plan, precision, out_sharding)
+        return _dequantized(lhs, rhs, numbers, plan, precision)
     return _kernel(lhs, rhs, plan, precision, implementation)
 
 
@@ -200,16 +200,14 @@ def _tensor(x: Operand, arrangement: Layout, side: Side) -> Tensor:
 
 
 def _dequantized(
-    lhs: Operand, rhs: Operand, numbers: DotDimensionNumbers, plan: Plan, precision: Any, out_sharding: Any
+    lhs: Operand, rhs: Operand, numbers: DotDimensionNumbers, plan: Plan, precision: Any
 ) -> jax.Array:
     """Both sides as arrays of one dtype, then XLA's dot."""
     lhs, rhs = (x if isinstance(x, jax.Array) else x.dequantize() for x in (lhs, rhs))
     both = jnp.promote_types(lhs.dtype, rhs.dtype)
     if all(numerics.is_integer(x.dtype) or x.dtype == jnp.bool_ for x in (lhs, rhs)):
         both = jnp.promote_types(both, jnp.int8)
-    return jax.lax.dot_general(
-        lhs.astype(both), rhs.astype(both), numbers, precision, plan.result, out_sharding=out_sharding
-    )
+    return jax.lax.dot_general(lhs.astype(both), rhs.astype(both), numbers, precision, plan.result)
 
 
 def matmul_problem(

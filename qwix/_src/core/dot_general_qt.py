@@ -84,8 +84,8 @@ class _Dot:
         )
 
     def on_the_way(self, lhs: jax.Array, rhs: Operand, how: HowToQuantize) -> bool:
-        options: Any = {"precision": self.precision, "out_sharding": self.out_sharding, "act_how": how}
-        return dot_plan.make_plan(lhs, rhs, self.numbers, **options).rows is not None
+        plan = dot_plan.make_plan(lhs, rhs, self.numbers, precision=self.precision, act_how=how)
+        return plan.rows is not None
 
     def __call__(
         self, lhs: Operand, rhs: Operand, extra: None, dtype: np.dtype, act_how: HowToQuantize | None

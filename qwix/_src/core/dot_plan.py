@@ -86,7 +86,6 @@ def make_plan(
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
     act_how: calibration.HowToQuantize | None = None,
-    out_sharding: Any = None,
 ) -> Plan:
     """Decides how to compute a dot. `numbers` must be canonical; `act_how` quantizes a float lhs."""
     left, right = make_layout(lhs.shape, numbers, "lhs"), make_layout(rhs.shape, numbers, "rhs")
@@ -96,7 +95,7 @@ def make_plan(
     make = lambda kind, reason="", rows=None: Plan(kind, reason, rows, left, right, result)
     if act_how is None and not any(map(_is_quantized, (lhs, rhs))) and not all(map(_is_stored, (lhs, rhs))):
         return make("float", "neither operand is quantized")
-    reason = _no_kernel(lhs, rhs, precision, out_sharding)
+    reason = _no_kernel(lhs, rhs, precision)
     if reason:
         return make("dequantize", reason)
     if act_how is None and mxfp_dot.can_use(lhs, rhs, numbers, precision):
@@ -133,10 +132,8 @@ def _is_row_dtype(dtype: np.dtype) -> bool:
     return dtype.name in ("int8", "int4") or (dtype.name.startswith("float8") and dtype.itemsize == 1)
 
 
-def _no_kernel(lhs: Operand, rhs: Operand, precision: Any, out_sharding: Any) -> str:
+def _no_kernel(lhs: Operand, rhs: Operand, precision: Any) -> str:
     """Why these operands can't go to a kernel; empty if they can."""
-    if out_sharding is not None:
-        return "out_sharding is laid out by XLA"
     if not (precision is None or isinstance(precision, str | jax.lax.Precision | tuple)):
         return f"precision {precision!r} names an algorithm of XLA"
     for name, x in (("lhs", lhs), ("rhs", rhs)):

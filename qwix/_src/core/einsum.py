@@ -16,7 +16,7 @@ import opt_einsum
 from jax.typing import DTypeLike
 
 from qwix._src.core import dot_general as dot_general_lib
-from qwix._src.core import einsum_info, layout, qarray
+from qwix._src.core import einsum_info, explicit_mesh, layout, qarray
 from qwix._src.core.calibration import HowToQuantize
 from qwix._src.core.dot_general import dot_general
 from qwix._src.core.einsum_info import EinsumInfo
@@ -85,10 +85,13 @@ def einsum(
     terms, out, operands = einsum_info.parse(args)
     operands = [x if isinstance(x, QArray | TransposedQArray) else jnp.asarray(x) for x in operands]
     floats = [n for n, x in enumerate(operands) if isinstance(x, jax.Array) and x.dtype.itemsize > 1]
+    text = f"{','.join(terms)}->{out}"
+    options = {"precision": precision, "preferred_element_type": preferred_element_type, "optimize": optimize}
     if len(floats) == len(operands) and act_how is None and _qwix_dot_general is dot_general:
-        text = f"{','.join(terms)}->{out}"
-        options = {"precision": precision, "preferred_element_type": preferred_element_type}
-        return jnp.einsum(text, *operands, optimize=optimize, out_sharding=out_sharding, **options)
+        return jnp.einsum(text, *operands, out_sharding=out_sharding, **options)
+    if out_sharding is not None:
+        own = {"act_how": act_how, "_qwix_dot_general": _qwix_dot_general, **kwargs}
+        return explicit_mesh.laid_out(lambda *x: einsum(text, *x, **options, **own), out_sharding)(*operands)
     _check_sizes(terms, operands)
     _, result = qarray.get_accumulator_and_result_type(
         *(x.to_qarray() if isinstance(x, TransposedQArray) else x for x in operands),
@@ -111,8 +114,6 @@ def einsum(
         i, j = (0, 1) if last else _next_pair(terms, out, operands, optimize)
         rest = [t for n, t in enumerate(terms) if n not in (i, j)]
         step_out = out if last else _kept(terms[i] + terms[j], rest, out)
-        if last and out_sharding is not None:
-            kwargs["out_sharding"] = out_sharding
         info = EinsumInfo(terms[i], terms[j], step_out)
         x = _step(info, operands[i], operands[j], _qwix_dot_general, kwargs)
         operands = [y for n, y in enumerate(operands) if n not in (i, j)] + [x]
@@ -181,23 +182,8 @@ def _step(info: EinsumInfo, lhs: Operand, rhs: Operand, dot: Any, kwargs: Mappin
     quantized = lambda x: isinstance(x, QArray)
     if quantized(lhs) and isinstance(rhs, jax.Array):
         info, lhs, rhs = EinsumInfo(info.rhs, info.lhs, info.out), rhs, lhs
-    perm = info.output_perm
-    if perm is not None and "out_sharding" in kwargs:
-        # The dot's own axes are in another order than the caller's: let XLA place what it transposes.
-        return _placed(info, lhs, rhs, kwargs)
     result = dot(lhs, rhs, info.dimension_numbers, **kwargs)
-    return result if perm is None else result.transpose(perm)
-
-
-def _placed(info: EinsumInfo, lhs: Operand, rhs: Operand, kwargs: Mapping[str, Any]) -> jax.Array:
-    return jnp.einsum(
-        f"{info.lhs},{info.rhs}->{info.out}",
-        _float(lhs),
-        _float(rhs),
-        precision=kwargs["precision"],
-        preferred_element_type=kwargs["preferred_element_type"],
-        out_sharding=kwargs["out_sharding"],
-    )
+    return result if info.output_perm is None else result.transpose(info.output_perm)
 
 
 def matmul_problem(

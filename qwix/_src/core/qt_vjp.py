@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.sharding import NamedSharding
 
-from qwix._src.core import calibration, layout, numerics, qarray
+from qwix._src.core import calibration, explicit_mesh, layout, numerics, qarray
 from qwix._src.core.calibration import Calibration, HowToQuantize
 from qwix._src.core.qarray import QArray
 from qwix._src.core.qt_config import QtConfig, Side, TileSize
@@ -102,6 +103,7 @@ class _Call:
     config: QtConfig  # without functions
     dtype: np.dtype
     operand_dtypes: tuple[np.dtype, np.dtype]
+    layouts: tuple[NamedSharding | None, NamedSharding | None]  # of the operands, where types have them
     noises: tuple[int | None, int | None]  # which noise function rounds the gradient of each side
 
 
@@ -134,7 +136,8 @@ def contract(op: Op, lhs: Operand, rhs: Operand, config: QtConfig, extra: Any, d
         sparsity_rule=None,
     )
     dtypes = jnp.dtype(lhs.dtype), jnp.dtype(rhs.dtype)
-    call = _Call(op, static, jnp.dtype(dtype), dtypes, noises)
+    layouts = explicit_mesh.sharding_of(lhs), explicit_mesh.sharding_of(rhs)
+    call = _Call(op, static, jnp.dtype(dtype), dtypes, layouts, noises)
     return _contract(call, operands["lhs"], operands["rhs"], calibrations, functions, extra)
 
 
@@ -329,17 +332,26 @@ def _backward(call: _Call, residuals: Any, g: Any) -> tuple[Any, ...]:
     saved, noises, extra = residuals
     if isinstance(g, SymbolicZero):
         return (None,) * 5
+    gradients: Any = functools.partial(_gradients, call)
+    layouts = {side: layout for side, layout in zip(_SIDES, call.layouts, strict=True) if side in saved}
+    if all(layouts.values()):
+        gradients = explicit_mesh.laid_out(gradients, layouts)
+    result = gradients(saved, noises, extra, g)
+    return (*(result.get(side) for side in _SIDES), None, None, None)
+
+
+def _gradients(call: _Call, saved: Any, noises: Any, extra: Any, g: jax.Array) -> dict[Side, jax.Array]:
+    """The gradients of those operands that need one."""
     products = {side: _product(call, side, g, other, extra) for side, other in saved.items()}
     rounded = _quantized_once(products, noises)
-    result: list[Any] = []
+    result: dict[Side, jax.Array] = {}
     for side, dtype in zip(_SIDES, call.operand_dtypes, strict=True):
         if side not in products:
-            result.append(None)
             continue
         p = products[side]
         how = None if p.how is None or rounded is not None else _with_noise(p, noises)
-        result.append(p.gradient(p.g if rounded is None else rounded, p.other, extra, dtype, how))
-    return (*result, None, None, None)
+        result[side] = p.gradient(p.g if rounded is None else rounded, p.other, extra, dtype, how)
+    return result
 
 
 def _product(call: _Call, side: Side, g: jax.Array, other: Operand, extra: Any) -> _Product:
