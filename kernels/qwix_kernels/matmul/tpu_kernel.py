@@ -56,18 +56,42 @@ from qwix_kernels.matmul.tpu_plan import LANES, Plan
 def kernel(plan: Plan, emulate: bool, names: tuple[str, ...], *refs: Any) -> None:
     """One grid step. `names` says which refs there are: see `tpu.run`."""
     r = dict(zip(names, refs, strict=True))
-    column, step = pl.program_id(2), pl.program_id(3)
+    first, step = jnp.logical_or(plan.megacore_rows, pl.program_id(2) == 0), pl.program_id(3)
+    if not plan.overlaps_rows:
+        if plan.has_prologue:
 
-    if plan.has_prologue:
-        first = jnp.logical_or(plan.megacore_rows, column == 0)
+            @pl.when(first)
+            def _():
+                tpu_rows.prepare(plan, r, step)
+
+        _block_step(plan, emulate, r, step)
+    elif plan.megacore_rows or plan.grid[2] == 1:
+        _block_step(plan, emulate, r, step, with_rows=True)
+    else:
 
         @pl.when(first)
         def _():
-            tpu_rows.prepare(plan, r, step)
+            _block_step(plan, emulate, r, step, with_rows=True)
 
+        @pl.when(jnp.logical_not(first))
+        def _():
+            _block_step(plan, emulate, r, step)
+
+
+def _block_step(
+    plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, with_rows: bool = False
+) -> None:
+    """Everything but the rows' prologue, or that too: straight-line code, which the compiler interleaves."""
     if plan.prepare_rhs:
         for weight in tpu_epilogue.weights(plan, r):
             tpu_weights.prepare(plan, weight, step)
+    if with_rows:
+        part = plan.overlapped_rows
+        for start in range(0, plan.block_m, part):
+            rows = slice(start, start + part)
+            tpu_rows.prepare_here(plan, r, step, rows)
+            _rows_step(plan, emulate, r, step, rows)
+        return
     if plan.block_m == plan.sub_m:
         _rows_step(plan, emulate, r, step, slice(0, plan.block_m))
         return

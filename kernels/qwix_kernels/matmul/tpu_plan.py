@@ -27,6 +27,7 @@ FP4 = "float4_e2m1fn"
 FP4_GAIN = 2.0**14  # float8_e5m2 with the bits of a float4_e2m1fn in its low bits is that much smaller
 VMEM_SHARE = 0.75  # the compiler's own temporaries live in the rest
 SUB_M = 128
+OVERLAP, OVERLAP_ROWS = 1 << 21, 256
 # |q| <= 128 makes every product at most 2^14, and float32 counts exactly up to 2^24.
 EXACT_BITS = 24
 _INT8_BITS, _INT4_BITS = 7, 3  # log2 of the largest magnitude
@@ -166,6 +167,20 @@ class Plan:
     def has_prologue(self) -> bool:
         """Whether something is made of the rows that all their column blocks use."""
         return self.prepare_lhs or self.spreads_row_scale
+
+    @property
+    def overlaps_rows(self) -> bool:
+        """Whether rows are prepared between the dots of the first column block, beside which they cost nothing.
+
+        That code is not in a loop, so there is an end to how much of it is worth compiling.
+        """
+        plain = self.problem.norm is None and self.steps_k == 1 and self.strategy != "after"
+        return self.has_prologue and plain and self.block_m * self.block_k <= OVERLAP
+
+    @property
+    def overlapped_rows(self) -> int:
+        """Rows that are prepared and multiplied before the next ones are."""
+        return OVERLAP_ROWS if self.block_m % OVERLAP_ROWS == 0 else self.block_m
 
     @property
     def partial(self) -> str:

@@ -63,6 +63,18 @@ def prepare(plan: Plan, r: Refs, step: jax.Array) -> None:
         rewrite(plan, r, step, pl.ds(pl.multiple_of(i * rows, rows), rows))
 
 
+def prepare_here(plan: Plan, r: Refs, step: jax.Array, rows: slice) -> None:
+    """As `prepare` for some rows, as straight-line code in the place of the call.
+
+    A loop would keep the compiler from running these operations of the vector unit beside the dots around
+    them; so would offsets that are not constants, since it then cannot tell the rows apart.
+    """
+    rewrite = _convert_rows if plan.problem.quantize_lhs is None else _quantize_rows
+    some = min(plan.row_step, plan.block_m)
+    for start in range(rows.start, rows.stop, some):
+        rewrite(plan, r, step, slice(start, start + some))
+
+
 def _convert_rows(plan: Plan, r: Refs, step: jax.Array, at: Any) -> None:
     """Normalises, casts, and dequantizes where the scale goes before the dot, the rows `at` of the lhs.
 
