@@ -4,6 +4,7 @@
     python -m bench.price --chip v5e,v6e --scheme w8a8,w4a16_g128 --m 16,1024
     python -m bench.price --model llama3_8b --chip v6e --scheme w4a16_g128 --m 16
     python -m bench.price --suite matmul --check
+    python -m bench.price --suite train --check
 
 How to read the result, and what it leaves out: docs/pricing.md.
 """
@@ -20,7 +21,7 @@ from typing import Any
 import tqdm
 from absl import app, flags
 
-from bench import misses, pool, shapes, suites, targets, tpu_compile
+from bench import misses, pool, shapes, suites, targets, tpu_compile, train
 from bench.cache import default_folder
 from bench.cells import Cell, cells_of
 
@@ -30,7 +31,9 @@ _M = flags.DEFINE_list("m", None, "Rows of the activations.")
 _K = flags.DEFINE_list("k", None, "Length of the sums (4096).")
 _N = flags.DEFINE_list("n", None, "Columns of the weight (4096).")
 _BATCH = flags.DEFINE_integer("batch", 1, "Matmuls at a time, each with a weight of its own.", lower_bound=1)
-_SUITE = flags.DEFINE_enum("suite", None, suites.SUITES, "A fixed set of cells instead; --scheme selects.")
+_SUITE = flags.DEFINE_enum(
+    "suite", None, (*suites.SUITES, "train"), "A fixed set of cells instead; --scheme selects."
+)
 _MODEL = flags.DEFINE_enum(
     "model", None, list(shapes.MODELS), "The layers of a model, instead of --k and --n."
 )
@@ -63,7 +66,9 @@ def _cells() -> tuple[list[Cell], tuple[str, ...]]:
     chips, schemes, ms = _CHIP.value or [], _SCHEME.value or [], _numbers("m", _M.value)
     for flag, given in (("chip", chips), ("scheme", schemes), ("m", ms)):
         if not given:
-            raise ValueError(f"--{flag} is missing; or give --suite {' or '.join(suites.SUITES)}.")
+            raise ValueError(
+                f"--{flag} is missing; or give --suite {' or '.join((*suites.SUITES, 'train'))}."
+            )
     if _MODEL.value:
         layers = dict.fromkeys((layer.k, layer.n) for layer in shapes.MODELS[_MODEL.value])
     else:
@@ -132,6 +137,9 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
     if _WRITE_MISSES.value and not _complete():
         raise app.UsageError("--write_misses needs --suite matmul with all of its schemes and baselines.")
+    if _SUITE.value == "train":
+        _train()
+        return
     try:
         cells, skipped = _cells()
     except ValueError as error:
@@ -146,6 +154,29 @@ def main(argv: Sequence[str]) -> None:
         misses.save(misses.draft(found, misses.load(), _complete()))
     fails = _checked(found) if _CHECK.value else []
     if fails or any("error" in answer for answer in answers if not _SUITE.value):
+        sys.exit(1)
+
+
+def _train() -> None:
+    """Prices the training step instead of cells, and holds it to its target."""
+    try:
+        rows = train.price(
+            _CHIP.value or tuple(train.FORMAT_OF), jobs=_JOBS.value, cache=_CACHE.value or None
+        )
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
+    text = json.dumps([row.as_json() for row in rows], indent=1)
+    if _OUT.value:
+        with open(_OUT.value, "w") as file:
+            file.write(text + "\n")
+    if _JSON.value:
+        print(text)
+    else:
+        train.show(rows)
+    fails = train.failures(rows)
+    if _CHECK.value:
+        print(f"FAILED: {len(fails)}", *fails, sep="\n  ", file=sys.stderr)
+    if _CHECK.value and fails:
         sys.exit(1)
 
 
