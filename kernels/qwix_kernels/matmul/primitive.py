@@ -48,11 +48,19 @@ def _tpu(name: str):
 
 
 def _run_xla(
-    problem: MatmulProblem, lhs: Tensor, rhs: Tensor, extras: Extras, *, config: Any, chip: Chip
+    problem: MatmulProblem,
+    lhs: Tensor,
+    rhs: Tensor,
+    extras: Extras,
+    *,
+    config: Any,
+    chip: Chip,
+    apart: bool = False,
 ) -> jax.Array | Tensor:
     quantized = problem.quantize_lhs and jnp.issubdtype(problem.quantize_lhs.dtype, jnp.integer)
     integers = problem.rhs.is_integer and (problem.lhs.is_integer or bool(quantized))
-    return xla.run(problem, lhs, rhs, extras, one_by_one=chip.platform == "cpu" and integers)
+    one_by_one = chip.platform == "cpu" and integers
+    return xla.run(problem, lhs, rhs, extras, one_by_one=one_by_one, apart=apart)
 
 
 dispatch.register(
@@ -108,8 +116,10 @@ def bind(
 
 
 # The fields of Extras with one entry per row (or a single one), and those with one per column or K.
-_BY_ROW = ("lhs_scale", "residual", "out_scale")
-_BY_COLUMN = ("norm_weight", "bias", "gate_bias")
+_BY_ROW = ("lhs_scale", "lhs_noise", "residual", "out_scale")
+_BY_COLUMN = ("lhs_columns", "norm_weight", "bias", "gate_bias")
+# Those that are used before the product.
+_OF_ROWS = ("lhs_scale", "lhs_columns", "lhs_noise", "norm_weight")
 
 
 def _columns_shared(extras: Extras) -> bool:
@@ -177,6 +187,8 @@ def _structure(problem: MatmulProblem) -> Any:
     q, e = problem.quantize_lhs, problem.epilogue or Epilogue()
     extras = Extras(
         lhs_scale=some(q and q.static),
+        lhs_columns=some(q and q.columns),
+        lhs_noise=some(q and q.noise),
         norm_weight=some(problem.norm),
         bias=some(e.bias),
         gate=some(e.gate, tensor(problem.rhs)),
@@ -228,8 +240,8 @@ def _batch_rule(args, axes, *, problem: MatmulProblem, how: How):
     if "gate" in flat and len(flat["gate"][0]) != len(flat["rhs"][0]):
         flat["gate"], flat["rhs"] = wide(flat["gate"]), wide(flat["rhs"])
     # The rows have a batch where what is done to them has one, and where only the epilogue has one.
-    widest = max(len(flat[name][0]) for name in ("lhs", "rhs", "norm_weight", "lhs_scale") if name in flat)
-    if widest < size * batch or any(len(flat[x][0]) > 1 for x in ("norm_weight", "lhs_scale") if x in flat):
+    widest = max(len(flat[name][0]) for name in ("lhs", "rhs", *_OF_ROWS) if name in flat)
+    if widest < size * batch or any(len(flat[x][0]) > 1 for x in _OF_ROWS if x in flat):
         flat["lhs"] = wide(flat["lhs"])
     new = dataclasses.replace(
         problem,
@@ -296,16 +308,22 @@ def _lower(ctx, *args, problem: MatmulProblem, how: How, platform: str | None):
     mesh = getattr(axis_context, "abstract_mesh", None) or getattr(axis_context, "mesh", None)
     device = devices[0] if devices else getattr(mesh, "abstract_device", None)
     # Platforms without a rule of their own share one lowering; all implementations they may get are portable.
-    for name in (platform,) if platform else ctx.platforms or ctx.module_context.platforms:
+    names = (platform,) if platform else tuple(ctx.platforms or ctx.module_context.platforms)
+    for name in names:
         chip = chips.chip_for_lowering(name, device)
         impl, config = _decide(problem, how, chip, getattr(axis_context, "num_devices", 1))
+    options: dict[str, Any] = {"config": config, "chip": chip}
+    if impl.name == "xla":
+        # Inside shard_map there is no number of devices.
+        alone = getattr(axis_context, "num_devices", None) == 1 and _has_sizes(problem)
+        options["apart"] = names == ("cpu",) and alone
     count, shardings = len(ctx.avals_out), tuple(aval.sharding for aval in ctx.avals_out)
 
     def fun(*arrays):
-        def alone(*operands):
-            return tuple(jax.tree.leaves(impl.run(problem, *operands, config=config, chip=chip)))[:count]
+        def run_here(*operands):
+            return tuple(jax.tree.leaves(impl.run(problem, *operands, **options)))[:count]
 
-        run: Any = alone
+        run: Any = run_here
         if impl.name == "xla" and _explicit_axes():
             run = jax.sharding.auto_axes(run, out_sharding=shardings)
         return run(*_unflatten(problem, arrays))
@@ -320,8 +338,7 @@ def _decide(problem: MatmulProblem, how: How, chip: Chip, devices: int):
         refusal = (
             f"the compiler cannot partition a kernel over {devices} devices; call matmul inside jax.shard_map"
         )
-    sizes = (problem.m, problem.lhs.batch, problem.rhs.batch)
-    if not all(isinstance(s, int) for s in sizes):
+    if not _has_sizes(problem):
         refusal = "a kernel needs sizes that are known when it is compiled, not symbolic ones"
         problem = dataclasses.replace(problem, m=_NOMINAL, lhs=_sized(problem.lhs), rhs=_sized(problem.rhs))
     with tuning.use(how.ambient_config):
@@ -331,6 +348,11 @@ def _decide(problem: MatmulProblem, how: How, chip: Chip, devices: int):
         dispatch.warn_of_fallback(explanation, chip)
         dispatch.warn_of_untuned(explanation, chip)
     return impl, explanation.config
+
+
+def _has_sizes(problem: MatmulProblem) -> bool:
+    """Whether all sizes are known: `jax.export` has symbolic ones."""
+    return all(isinstance(s, int) for s in (problem.m, problem.lhs.batch, problem.rhs.batch))
 
 
 def _sized(x: Operand) -> Operand:

@@ -13,6 +13,10 @@ Three ways, by what the operands are.
 
 All scaling is in float32, whatever dtype the scales have; the result is rounded once, to the output dtype.
 What comes before the product and after it is in elementwise.py.
+
+A model multiplies the same few shapes many times, and a compiler for CPUs spends most of its time on passes
+over all instructions. With `apart`, the parts of a matmul that store their result anyway, because a dot reads
+it or because it's put together from halves, are functions that are optimized once and not once a call.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwix_kernels.matmul import elementwise
-from qwix_kernels.problem import CODEBOOKS, NO_EXTRAS, Extras, MatmulProblem, Tensor
+from qwix_kernels.problem import CODEBOOKS, NO_EXTRAS, Extras, MatmulProblem, Operand, Tensor
 
 # Runs of K that share their scales and are shorter than this are scaled before the dot: each dot would do too
 # little.
@@ -44,14 +48,18 @@ def run(
     extras: Extras = NO_EXTRAS,
     *,
     one_by_one: bool = False,
+    apart: bool = False,
 ) -> jax.Array | Tensor:
     """The result [batch, M, N] of operands in the form of problem.py, with its scales where it is quantized.
 
     `one_by_one`: integer matrices of a batch are multiplied one after the other. XLA:CPU has a fast int8 dot
     for one pair of matrices and a loop over single values, 50x slower, for a batch of them.
+    `apart`: see the module's header. Not for programs that the compiler partitions over devices.
     """
-    lhs = elementwise.prepare(problem, lhs, extras)
-    multiply = _one_by_one if one_by_one and problem.batch > 1 else _multiply
+    lhs = _prepare_apart(problem, lhs, extras) if apart else elementwise.prepare(problem, lhs, extras)
+    multiply = _multiply_apart if apart else _multiply
+    if one_by_one and problem.batch > 1:
+        multiply = _one_by_one
     z = multiply(problem, lhs, rhs)
     gate = None if extras.gate is None else multiply(problem, lhs, extras.gate)
     return elementwise.finish(problem, z, gate, extras)
@@ -67,6 +75,28 @@ def _multiply(problem: MatmulProblem, lhs: Tensor, rhs: Tensor) -> jax.Array:
         return _run(problem, left, right)
     even, odd = (_run(problem, left, half) for half in halves)
     return jnp.stack([even, odd], -1).reshape(even.shape[0], problem.m, problem.n)
+
+
+_apart = functools.partial(jax.jit, static_argnums=0, inline=jax.Inline.XLA_LATE)
+_prepare_once, _multiply_once = _apart(elementwise.prepare), _apart(_multiply)
+
+
+def _prepare_apart(problem: MatmulProblem, lhs: Tensor, extras: Extras) -> Tensor:
+    if not (problem.norm or problem.quantize_lhs):
+        return lhs
+    # Nothing that the rows do not depend on, so that weights of different widths share the function.
+    rows = dataclasses.replace(
+        problem, n=1, rhs=Operand("float32", 1, 1), rhs_transposed=False, precision=None, epilogue=None
+    )
+    return _prepare_once(rows, lhs, extras.of_rows)
+
+
+def _multiply_apart(problem: MatmulProblem, lhs: Tensor, rhs: Tensor) -> jax.Array:
+    # What is scaled after the dot is better fused with what the model does next.
+    w = problem.rhs
+    if problem.rhs_transposed or not _halves(jnp.dtype(w.dtype), problem.n, w.tile_free or 1):
+        return _multiply(problem, lhs, rhs)
+    return _multiply_once(dataclasses.replace(problem, norm=None, quantize_lhs=None, epilogue=None), lhs, rhs)
 
 
 def _one_by_one(problem: MatmulProblem, lhs: Tensor, rhs: Tensor) -> jax.Array:
@@ -143,9 +173,11 @@ class Side:
 
     def on_result(self, a: jax.Array, dtype=jnp.float32) -> jax.Array:
         """What is constant along K, as it applies to the result: [batch, M, 1] or [batch, 1, N]."""
-        size = self.values.shape[self.free]
-        a = jnp.repeat(a.astype(dtype), size // a.shape[self.free], axis=self.free)
-        return a.reshape((a.shape[0], size, 1) if self.is_left else (a.shape[0], 1, size))
+        size, count = self.values.shape[self.free], a.shape[self.free]
+        a = a.astype(dtype)
+        if count not in (1, size):
+            a = jnp.repeat(a, size // count, axis=self.free)
+        return a.reshape((a.shape[0], -1, 1) if self.is_left else (a.shape[0], 1, -1))
 
     def dequantized(self, dtype, scaled: bool) -> jax.Array:
         """The represented values, computed in float32 and rounded to `dtype`; or those before scaling."""
@@ -208,6 +240,11 @@ def _scaled(out: jax.Array, *sides: Side | None) -> jax.Array:
     return out
 
 
+def _halves(dtype: jnp.dtype, n: int, tile: int) -> bool:
+    """Whether N columns are multiplied in two halves."""
+    return dtype in (jnp.int4, jnp.uint4) and n % 2 == 0 and (tile % 2 == 0 or tile == 1)
+
+
 def _unpacked_halves(right: Side) -> tuple[Side, Side] | None:
     """The even and the odd columns of a 4-bit rhs [batch, K, N] in bytes, or None where that does not apply.
 
@@ -218,12 +255,7 @@ def _unpacked_halves(right: Side) -> tuple[Side, Side] | None:
     values = right.values
     batch, k, n = values.shape
     tile = n // right.scale.shape[2] if right.scale is not None else 1
-    if (
-        right.contracting == 2
-        or values.dtype not in (jnp.int4, jnp.uint4)
-        or n % 2
-        or (tile % 2 and tile > 1)
-    ):
+    if right.contracting == 2 or not _halves(values.dtype, n, tile):
         return None
     byte = jnp.int8 if values.dtype == jnp.int4 else jnp.uint8
     pairs = jax.lax.bitcast_convert_type(values.reshape(batch, k, n // 2, 2), byte)
