@@ -118,10 +118,11 @@ def _keys(path: Sequence[Any]) -> tuple[str | int, ...]:
     return tuple(part if isinstance(part, int) else str(part) for part in path)
 
 
-def slots(model: nnx.Module) -> Iterator[Slot]:
-    """All places of params, WithAux ones included; a shared param has several."""
-    bridged = [_keys(path) for path, module in nnx.iter_modules(model) if isinstance(module, bridge.ToNNX)]
-    for owner, path, name, value in flax_util.nnx_values(model):
+def slots(model: nnx.Module, modules: flax_util.Modules | None = None) -> Iterator[Slot]:
+    """All places of params, WithAux ones included; a shared param has several. `modules`: as nnx_values."""
+    modules = list(nnx.iter_modules(model)) if modules is None else modules
+    bridged = [_keys(path) for path, module in modules if isinstance(module, bridge.ToNNX)]
+    for owner, path, name, value in flax_util.nnx_values(model, modules):
         is_param = isinstance(value, nnx.Param | WithAux)
         if is_param and not any(path[: len(prefix)] == prefix for prefix in bridged):
             yield Slot(owner, path, name, value)
@@ -304,10 +305,11 @@ def call(
     """One call of a converted model, or of a module of it."""
     model, args, kwargs = provider.process_model_inputs(model, args, kwargs)
     fn = getattr(base, method)
-    prefix = _path(model)
-    with flax_util.nnx_paths(model, prefix), qconfig.running(provider):
+    modules = list(nnx.iter_modules(model))  # a walk over the model takes as long as tracing a layer of it
+    prefix = _path(model, modules)
+    with flax_util.nnx_paths(model, prefix, modules), qconfig.running(provider):
         if isinstance(provider, BoxedParamProvider):
-            scales = _static_scales(model, prefix)
+            scales = _static_scales(model, prefix, modules)
             run = _intercepted(provider, op_trace.run)
             output = run(provider.op_handler(scales, strict=False), lambda _: fn(model, *args, **kwargs))
             scales.finish()
@@ -322,9 +324,9 @@ def _intercepted(provider: qconfig.QuantizationProvider, fn: Callable[..., Any])
     return fn
 
 
-def _path(model: nnx.Module) -> tuple[str | int, ...]:
+def _path(model: nnx.Module, modules: flax_util.Modules) -> tuple[str | int, ...]:
     """Where in the converted model this module is: its weights know."""
-    for slot in slots(model):
+    for slot in slots(model, modules):
         if isinstance(slot.value, WithAux) and slot.value.info and slot.value.info.path is not None:
             whole = slot.value.info.path
             start = len(whole) - len(slot.path)
@@ -333,9 +335,11 @@ def _path(model: nnx.Module) -> tuple[str | int, ...]:
     return ()
 
 
-def _static_scales(model: nnx.Module, prefix: tuple[str | int, ...]) -> StaticScales:
+def _static_scales(
+    model: nnx.Module, prefix: tuple[str | int, ...], found: flax_util.Modules
+) -> StaticScales:
     """The model's own attributes. They can be made while it's being converted."""
-    modules = {"/".join(map(str, (*prefix, *path))): module for path, module in nnx.iter_modules(model)}
+    modules = {"/".join(map(str, (*prefix, *path))): module for path, module in found}
 
     def read(path: str, name: str) -> Any:
         return getattr(modules.get(path), name, None)

@@ -8,12 +8,14 @@ float op would have.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from qwix_kernels import tuning
 
 from qwix._src import op_plan, op_trace, prepack, qconfig, weight_view
 from qwix._src.core import conv_general, dot_general, qarray
@@ -186,15 +188,16 @@ class Executor:
             operands, dnums = operands[::-1], swapped(dnums)
         elif plan.weight_side == 0 and act_how is not None:
             operands[1], act_how = self.provider._qarray.quantize(operands[1], act_how), None
-        kwargs = {} if act_how is None else {"act_how": act_how}
-        out = self.provider._dot_general_fn(
-            *operands,
-            dnums,
-            precision=swapped_precision(params["precision"]) if back else params["precision"],
-            preferred_element_type=result_dtype(args, params),
-            out_sharding=sharding,
-            **kwargs,
-        )
+        options = {
+            "precision": swapped_precision(params["precision"]) if back else params["precision"],
+            "preferred_element_type": result_dtype(args, params),
+        }
+        if act_how is not None:
+            options["act_how"] = act_how
+        if sharding is None and self.provider._dot_general_fn is dot_general.dot_general:
+            out = _dot_once(*operands, dnums, tuple(options.items()), tuning.ambient())
+        else:
+            out = self.provider._dot_general_fn(*operands, dnums, out_sharding=sharding, **options)
         return out if back is None else out.transpose(back)
 
     def _convolution(
@@ -215,6 +218,13 @@ class Executor:
     ) -> qarray.QArray:
         scale, zero_point = self.scales.get(*where, lambda: calibrated_act(x, how, rule), how, layer)
         return self.provider._qarray.quantize_with_scale_zero_point(x, how.qtype, scale, zero_point)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=jax.Inline.JAX_LATE)
+def _dot_once(lhs: Any, rhs: Any, dnums: Any, options: tuple[tuple[str, Any], ...], config: Any) -> jax.Array:
+    """`dot_general`, traced once for all layers of one shape. `config` is part of what is traced for."""
+    with tuning.use(config):
+        return dot_general.dot_general(lhs, rhs, dnums, **dict(options))
 
 
 def create_quantized_param(

@@ -23,6 +23,8 @@ from jax.sharding import PartitionSpec
 from qwix._src.weight import WeightTracer
 
 Path = tuple[str | int, ...]
+# What nnx.iter_modules gives: all modules in a model, and their paths in it.
+Modules = Sequence[tuple[Any, nnx.Module]]
 
 
 class QuantStat(nnx.Variable):
@@ -42,13 +44,13 @@ _paths = _Paths()
 
 
 @contextlib.contextmanager
-def nnx_paths(root: nnx.Module, prefix: Path = ()) -> Iterator[None]:
+def nnx_paths(root: nnx.Module, prefix: Path = (), modules: Modules | None = None) -> Iterator[None]:
     """Inside, NNX modules know their path from `root`, whose own is `prefix`. A shared module has the first
-    one.
+    one. `modules`: those of `root`, where they are known.
     """
     known: dict[int, Path] = {
         id(module): (*prefix, *(p if isinstance(p, int) else str(p) for p in path))
-        for path, module in nnx.iter_modules(root)
+        for path, module in (nnx.iter_modules(root) if modules is None else modules)
     }
     _paths.stack.append(known)
     try:
@@ -73,8 +75,13 @@ def from_linen_root(path: Path) -> Path:
     return path[len(root) :] if path[: len(root)] == root else path
 
 
-def nnx_values(model: nnx.Module) -> Iterator[tuple[Any, Path, str | int, Any]]:
-    """All that modules hold, in their dicts and lists too: (module, dict or list; its path; key; value)."""
+def nnx_values(
+    model: nnx.Module, modules: Modules | None = None
+) -> Iterator[tuple[Any, Path, str | int, Any]]:
+    """All that modules hold, in their dicts and lists too: (module, dict or list; its path; key; value).
+
+    `modules`: those of `model`, where they are known.
+    """
 
     def walk(owner: Any, path: Path, items: Iterable[tuple[Any, Any]]) -> Iterator[Any]:
         for key, value in items:
@@ -86,7 +93,7 @@ def nnx_values(model: nnx.Module) -> Iterator[tuple[Any, Path, str | int, Any]]:
             else:
                 yield owner, path, key, value
 
-    for path, module in nnx.iter_modules(model):
+    for path, module in nnx.iter_modules(model) if modules is None else modules:
         path = tuple(p if isinstance(p, int) else str(p) for p in path)
         yield from walk(module, path, list(vars(module).items()))
 
