@@ -106,7 +106,11 @@ def _operands(
     # A prepared lhs is not read again after the first column block: stay on its last block.
     reuse = plan.prepare_lhs and not plan.megacore_rows
     of_lhs = lambda j, k: jnp.where(j == 0, k, last) if reuse and last else k
-    block = pl.BlockSpec((1, bm, bk), lambda b, i, j, k: (_or_0(lhs.values, 0, b), i, of_lhs(j, k)))
+    block = pl.BlockSpec(
+        (1, bm, bk),
+        lambda b, i, j, k: (_or_0(lhs.values, 0, b), i, of_lhs(j, k)),
+        pipeline_mode=pl.Buffered(1) if plan.lhs_buffers == 1 else None,
+    )
     out = [("lhs", lhs.values, block), *_weight(plan, "rhs", rhs)]
     if extras.gate is not None:
         out += _weight(plan, "gate", extras.gate)

@@ -18,6 +18,7 @@ from qwix_kernels.matmul import cost
 from qwix_kernels.matmul.tpu_plan import (
     FP4,
     LANES,
+    LONG_K,
     Config,
     Plan,
     is_fp8,
@@ -48,8 +49,9 @@ _MIXED = {False: (2.4, 1.0), True: (0.6, 0.8)}
 _SCALE_WEIGHT = 2.0  # multiply, and half a pack to bfloat16
 _SCALE_WEIGHT_16 = 0.5
 # Cycles to hand 1024 weights to the matrix units, by their columns: in bfloat16, and in 8 bits.
-_PUSH = {128: (0.28, 0.28), 256: (0.46, 0.29)}
+_PUSH = {128: (0.28, 0.28), 256: (0.44, 0.25)}
 _SCALE_PARTIAL = 2.2  # multiply and add
+_END = 2.0  # scales of the result, packed
 _STACKED = 0.4  # registers that move out of the way
 # Rows, without and with `bf16_math`; a tile of one register more, each exchange of lanes in a narrower one.
 _QUANTIZE_ROW = {"int": (8.0, 6.8), "float8": (11.0, 8.8), "native": (5.0, 4.3)}
@@ -58,10 +60,14 @@ _TILE_SCALE, _EXCHANGE, _NORM = 7.0, 3.0, 11.0
 _ROW_PASS_US, _ROW_PASS = 3.2, 4.4
 _ACTIVATION = {None: 0.0, "relu": 1.0, "relu6": 2.0, "silu": 8.0, "gelu_tanh": 12.0, "gelu": 30.0}
 _NOT_HIDDEN = 0.4  # of the lesser of matrix and vector work
-_NOT_HIDDEN_SUMS = 0.1  # where running sums stay in registers, see `Plan.sub_m`
+_NOT_HIDDEN_SUMS = 0.1  # where running sums stay in registers, see `Plan.sub_m`, or there are few
 _RUNNING_SUM = 4.0  # cycles per 1024 elements
-_STEP_CYCLES = 130  # of a grid step, whatever its blocks
-_VALU = 4 * 1024
+_STEP_CYCLES = {128: 180, 256: 230}  # of a grid step, whatever its blocks, by columns of the matrix unit
+_LOOP_CYCLES = 200  # of a grid of more than one step
+_NOT_HIDDEN_ROWS = 0.1  # of the lesser of row and other work, see `Plan.overlapped_rows`
+_MOST_COLUMNS = 2048
+# XLA brings operands into VMEM ahead of a kernel where it finds room, so that much of the ramp counts.
+_RAMP = 0.5
 
 
 def check(problem: MatmulProblem, chip: Chip) -> None:
@@ -168,8 +174,11 @@ def _best(problem: MatmulProblem, chip: Chip) -> Config:
 
 
 def _ramped(plan: Plan, chip: Chip) -> float:
-    busy = max(_compute_us(plan, chip), _memory_us(plan, chip))
-    return busy + _before_us(plan, chip) + ramp_us(plan, chip)
+    return (
+        max(_compute_us(plan, chip), _memory_us(plan, chip))
+        + _before_us(plan, chip)
+        + _RAMP * ramp_us(plan, chip)
+    )
 
 
 def _before_us(plan: Plan, chip: Chip) -> float:
@@ -182,15 +191,21 @@ def _before_us(plan: Plan, chip: Chip) -> float:
 
 
 def ramp_us(plan: Plan, chip: Chip) -> float:
-    """Microseconds for the first blocks' fetch and the last one's store, which nothing overlaps.
+    """Microseconds of the first fetch, the last step and the last store, as far as nothing overlaps them.
 
-    A static price does not see it, so that blocks are chosen by the sum of both.
+    A static price does not see it, so that blocks are chosen by the sum of both. Where compute binds, the
+    first fetch is in front of it; where memory does, the last step comes after it.
     """
-    p = plan.problem
+    p, compute, memory = plan.problem, _compute_us(plan, chip), _memory_us(plan, chip)
     first = plan.block_m * plan.block_k * dtype_bits(p.lhs.dtype)
-    first += plan.block_n * plan.block_k * dtype_bits(p.rhs.dtype)
-    first += plan.block_m * plan.block_n * dtype_bits(p.out_dtype)
-    return first / 8 / (chip.hbm_gbps * 1e3)
+    first += p.products * plan.block_n * plan.block_k * dtype_bits(p.rhs.dtype)
+    fetch = first / 8 / (chip.hbm_gbps * 1e3)
+    store = plan.block_m * plan.block_n * dtype_bits(p.out_dtype) / 8 / (chip.hbm_gbps * 1e3)
+    step = compute / math.prod(plan.grid)
+    # With one buffer, later blocks of rows are waited for too.
+    again = (2 - plan.lhs_buffers) * (plan.grid[0] * plan.grid[1] - 1)
+    store += again * plan.block_m * plan.block_k * dtype_bits(p.lhs.dtype) / 8 / (chip.hbm_gbps * 1e3)
+    return max(fetch + compute, memory + step) - max(compute, memory) + store
 
 
 def _fitting(p: MatmulProblem, chip: Chip) -> Iterator[tuple[Config, Plan]]:
@@ -204,7 +219,7 @@ def _fitting(p: MatmulProblem, chip: Chip) -> Iterator[tuple[Config, Plan]]:
             found = True
             yield config, plan
         # The whole K in one block wins wherever it leaves room for wide blocks of rows and columns.
-        if found and p.k <= 8192:
+        if found and p.k <= LONG_K:
             return
 
 
@@ -227,16 +242,16 @@ def _column_blocks(p: MatmulProblem) -> list[int]:
     tile = q.tile_k % p.n if q else LANES
     if not tile:
         return [p.n]
-    return _sizes(p.n, tuple(pl_cdiv(size, tile) * tile for size in (1024, 512, 256, 128)))
+    fixed = [pl_cdiv(size, tile) * tile for size in (1024, 512, 256, 128)]
+    # Blocks of one width that leave no tail, or the least one: for few columns, and for two cores.
+    even = [w for w in range(2 * tile, _MOST_COLUMNS + 1, tile) if p.n % w == 0]
+    even += [w for parts in (1, 2, 3, 4) if (w := pl_cdiv(p.n, parts * tile) * tile) <= _MOST_COLUMNS]
+    return sorted({w if w < p.n else p.n for w in (*fixed, *even)})
 
 
 def _row_blocks(m: int) -> list[int]:
     unit = 8 if m <= 32 else 64
     return sorted({min(size, pl_cdiv(m, unit) * unit) for size in (1024, 512, 256, 128, 64, 32, 8)})
-
-
-def _sizes(n: int, sizes: tuple[int, ...]) -> list[int]:
-    return sorted({size if size < n else n for size in sizes})
 
 
 def _k_parts(k: int, unit: int) -> list[int]:
@@ -256,26 +271,46 @@ def estimate(problem: MatmulProblem, chip: Chip, config: Config) -> Estimate:
 
 def _compute_us(plan: Plan, chip: Chip) -> float:
     b, rows, columns, steps = plan.grid
+    step = _step_cycles(plan, chip)
+    cycles = b * rows * columns * steps * (plan.problem.products * step + _STEP_CYCLES[chip.mxu])
+    cycles += _LOOP_CYCLES * (b * rows * columns * steps > 1)
+    last = (_END + _epilogue_ops(plan.problem)) / 4 * plan.block_m * _lanes(plan.block_n) / 1024
+    cycles += b * rows * columns * last
+    if plan.has_prologue:
+        again, prologue = (columns if plan.megacore_rows else 1), _row_ops(plan) / 4
+        beside = min(prologue * plan.overlapped_rows / plan.block_m, step)
+        prologue -= (1 - _NOT_HIDDEN_ROWS) * beside
+        cycles += b * rows * again * steps * prologue
+    return cycles * _idle(plan, chip) / (chip.ghz * 1e3)
+
+
+def _step_cycles(plan: Plan, chip: Chip) -> float:
+    """Cycles for the dots of one step and what is done to their weights and sums."""
     macs = plan.block_m * pl_cdiv(plan.block_n, chip.mxu) * chip.mxu * plan.block_k
     rate = {"int8": chip.int8, "int4": chip.int4}.get(plan.lhs_dot, chip.bf16)
     if is_fp8(plan.lhs_dot) and is_fp8(plan.rhs_dot):
         rate = max(chip.fp8, chip.bf16)
+    # A dot that is shorter than the unit is deep leaves the rest of it idle.
+    depth = chip.mxu / min(chip.mxu, plan.chunk) if plan.strategy == "after" else 1.0
     weights = pl_cdiv(plan.block_n, chip.mxu) * chip.mxu * plan.block_k
     push = _PUSH[chip.mxu][_pushes_bytes(plan, chip)] * weights / 1024
-    matrix = max(2 * macs * plan.stack / (rate * 1e12) * chip.ghz * 1e9, push)
+    matrix = max(2 * macs * plan.stack * depth / (rate * 1e12) * chip.ghz * 1e9, push)
     vector = _weight_ops(plan, chip) + _partial_ops(plan)
     # A running sum in VMEM is read, added to and written by nothing that the matrix unit hides.
-    sums = _RUNNING_SUM * plan.block_m * _lanes(plan.block_n) / 1024 if steps > 1 else 0
-    apart = _NOT_HIDDEN_SUMS if plan.sub_m < plan.block_m else _NOT_HIDDEN
-    step = max(matrix, vector / 4) + apart * min(matrix, vector / 4) + sums
-    cycles = b * rows * columns * steps * (plan.problem.products * step + _STEP_CYCLES)
-    last = _epilogue_ops(plan.problem) / 4 * plan.block_m * _lanes(plan.block_n) / 1024
-    cycles += b * rows * columns * last
-    if plan.has_prologue:
-        again = columns if plan.megacore_rows else 1
-        cycles += b * rows * again * steps * _row_ops(plan) / 4
-    cores = chip.cores if chip.name == "v5p" and b * rows * columns > 1 else 1
-    return cycles / (chip.ghz * 1e3) / min(1, cores)
+    sums = _RUNNING_SUM * plan.block_m * _lanes(plan.block_n) / 1024 if plan.steps_k > 1 else 0
+    apart = _NOT_HIDDEN_SUMS if plan.sub_m < plan.block_m or plan.block_m <= 32 else _NOT_HIDDEN
+    # What the compiler does to weights on their way into the matrix unit, it does beside the dots.
+    exposed = vector if plan.prepare_rhs else _partial_ops(plan)
+    return max(matrix, vector / 4) + apart * min(matrix, exposed / 4) + sums
+
+
+def _idle(plan: Plan, chip: Chip) -> float:
+    """How much longer the busier core takes than an even share, where a device is two of them."""
+    if chip.name != "v5p":
+        return 1.0
+    b, rows, columns, _ = plan.grid
+    split = [b, rows] + ([columns] if plan.megacore_rows or not plan.has_prologue else [])
+    return min(pl_cdiv(count, chip.cores) * chip.cores / count for count in split)
 
 
 def _weight_ops(plan: Plan, chip: Chip) -> float:

@@ -57,12 +57,12 @@ def kernel(plan: Plan, emulate: bool, names: tuple[str, ...], *refs: Any) -> Non
     """One grid step. `names` says which refs there are: see `tpu.run`."""
     r = dict(zip(names, refs, strict=True))
     first, step = jnp.logical_or(plan.megacore_rows, pl.program_id(2) == 0), pl.program_id(3)
-    if not plan.overlaps_rows:
+    if not plan.overlapped_rows:
         if plan.has_prologue:
 
             @pl.when(first)
             def _():
-                tpu_rows.prepare(plan, r, step)
+                tpu_rows.prepare(plan, r, step, plan.block_m)
 
         _block_step(plan, emulate, r, step)
     elif plan.megacore_rows or plan.grid[2] == 1:
@@ -86,11 +86,14 @@ def _block_step(
         for weight in tpu_epilogue.weights(plan, r):
             tpu_weights.prepare(plan, weight, step)
     if with_rows:
-        part = plan.overlapped_rows
+        part = plan.overlapped_part
+        ahead = plan.block_m - plan.overlapped_rows
+        if ahead:
+            tpu_rows.prepare(plan, r, step, ahead)
         for start in range(0, plan.block_m, part):
-            rows = slice(start, start + part)
-            tpu_rows.prepare_here(plan, r, step, rows)
-            _rows_step(plan, emulate, r, step, rows)
+            if start + ahead < plan.block_m:
+                tpu_rows.prepare_here(plan, r, step, slice(start + ahead, start + ahead + part))
+            _rows_step(plan, emulate, r, step, slice(start, start + part))
         return
     if plan.block_m == plan.sub_m:
         _rows_step(plan, emulate, r, step, slice(0, plan.block_m))

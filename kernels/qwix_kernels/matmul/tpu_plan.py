@@ -19,51 +19,18 @@ from typing import Any
 import jax.numpy as jnp
 
 from qwix_kernels.chips import Chip
+from qwix_kernels.matmul.tpu_config import LANES, Config, pl_cdiv
 from qwix_kernels.problem import MatmulProblem, Operand, dtype_bits
 
-STRATEGIES = ("once", "after", "before")
-LANES = 128
 FP4 = "float4_e2m1fn"
 FP4_GAIN = 2.0**14  # float8_e5m2 with the bits of a float4_e2m1fn in its low bits is that much smaller
 VMEM_SHARE = 0.75  # the compiler's own temporaries live in the rest
 SUB_M = 128
-OVERLAP, OVERLAP_ROWS = 1 << 21, 256
+LONG_K = 8192  # beyond it, blocks of rows are what VMEM is full of
+OVERLAP = 1 << 21  # elements of rows
 # |q| <= 128 makes every product at most 2^14, and float32 counts exactly up to 2^24.
 EXACT_BITS = 24
 _INT8_BITS, _INT4_BITS = 7, 3  # log2 of the largest magnitude
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Block sizes (elements of M, N and K) and where K-wise scales are applied (one of `STRATEGIES`)."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    strategy: str = "once"
-
-    def __post_init__(self):
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {STRATEGIES}, got {self.strategy!r}.")
-        sizes = (self.block_m, self.block_n, self.block_k)
-        if not all(isinstance(s, int) and s > 0 for s in sizes):
-            raise ValueError(f"Block sizes must be positive integers, got {sizes}.")
-
-    def refit(self, tuned: tuple[int, int, int], problem: MatmulProblem) -> Config | None:
-        """This config of a problem with the sizes `tuned` (M, K, N) for a problem like it, or None.
-
-        A block that covered an axis still does; no block reaches far past the operands.
-        """
-        p, (_, k, n) = problem, tuned
-        if self.block_k < min(k, p.k) and p.k % self.block_k:
-            return None  # a tail in K costs more than other blocks save
-        unit = 8 if p.m <= 32 else 64
-        return dataclasses.replace(
-            self,
-            block_m=min(self.block_m, pl_cdiv(p.m, unit) * unit),
-            block_n=p.n if self.block_n >= min(n, p.n) else self.block_n,
-            block_k=p.k if self.block_k >= min(k, p.k) else self.block_k,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +52,7 @@ class Plan:
     rows_given: bool  # scales of `quantize_lhs` come from outside: static, or the row does not fit one block
     bf16_math: bool  # weights are scaled in bfloat16, two to a lane, where the vector unit does that
     megacore_rows: bool  # prepare the lhs in every step, so that the column blocks may run on both cores
+    lhs_buffers: int = 2  # blocks of the lhs in VMEM: one, which is waited for, where two leave too few rows
 
     @property
     def steps_k(self) -> int:
@@ -169,18 +137,22 @@ class Plan:
         return self.prepare_lhs or self.spreads_row_scale
 
     @property
-    def overlaps_rows(self) -> bool:
-        """Whether rows are prepared between the dots of the first column block, beside which they cost nothing.
+    def overlapped_rows(self) -> int:
+        """How many of the block's rows are prepared between the dots of the first column block.
 
-        That code is not in a loop, so there is an end to how much of it is worth compiling.
+        Beside the dots that costs next to nothing. It takes straight-line code, though, so there is an end to
+        how much of it is worth compiling; the other rows are prepared in front, in a loop.
         """
-        plain = self.problem.norm is None and self.steps_k == 1 and self.strategy != "after"
-        return self.has_prologue and plain and self.block_m * self.block_k <= OVERLAP
+        if not self.has_prologue or self.problem.norm or self.steps_k > 1 or self.strategy == "after":
+            return 0
+        part = self.overlapped_part
+        return min(self.block_m, OVERLAP // self.block_k // part * part)
 
     @property
-    def overlapped_rows(self) -> int:
-        """Rows that are prepared and multiplied before the next ones are."""
-        return OVERLAP_ROWS if self.block_m % OVERLAP_ROWS == 0 else self.block_m
+    def overlapped_part(self) -> int:
+        """Rows that are multiplied at a time where others are prepared meanwhile."""
+        fits = [n for n in (256, 128) if self.block_m % n == 0 and n * self.block_k <= OVERLAP]
+        return fits[0] if fits else self.block_m
 
     @property
     def partial(self) -> str:
@@ -201,10 +173,6 @@ class Plan:
 
 def row_step(dtype: str) -> int:
     return 64 if dtype == "int4" else 32
-
-
-def pl_cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def k_tile(x: Operand, k: int) -> int:
@@ -311,6 +279,9 @@ def resolve(problem: MatmulProblem, chip: Chip, config: Config) -> Plan:
         megacore_rows=chip.name == "v5p" and p.batch * pl_cdiv(p.m, config.block_m) < chip.cores,
     )
     need = vmem_bytes(plan)
+    if need > VMEM_SHARE * chip.vmem_bytes and plan.prepare_lhs and plan.steps_k == 1 and p.k > LONG_K:
+        plan = dataclasses.replace(plan, lhs_buffers=1)
+        need = vmem_bytes(plan)
     if need > VMEM_SHARE * chip.vmem_bytes:
         raise NotImplementedError(
             f"{config} needs {need >> 20} MiB of VMEM for {p.m}x{p.k}x{p.n}, "
@@ -389,7 +360,7 @@ def vmem_bytes(plan: Plan) -> int:
         scratch += plan.steps_k * plan.lhs_tiles() * bm * LANES * 4
     if plan.prepare_rhs or p.rhs.dtype != plan.rhs_dot:
         scratch += p.products * _pad(bn) * _pad(bk) * bits(plan.rhs_dot) // 8
-    return 2 * (lhs + rhs + out + scales + _epilogue_bytes(plan)) + scratch
+    return 2 * (rhs + out + scales + _epilogue_bytes(plan)) + plan.lhs_buffers * lhs + scratch
 
 
 def _epilogue_bytes(plan: Plan) -> int:

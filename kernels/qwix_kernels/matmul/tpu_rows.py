@@ -48,17 +48,20 @@ Refs = dict[str, Any]
 Load = Callable[[slice], jax.Array]
 
 
-def prepare(plan: Plan, r: Refs, step: jax.Array) -> None:
-    """Rows of this K block as the matrix unit gets them, some native tiles at a time, with their scales."""
+def prepare(plan: Plan, r: Refs, step: jax.Array, count: int) -> None:
+    """The first `count` rows of this K block as the matrix unit gets them, with their scales.
+
+    Some native tiles at a time.
+    """
     rewrite = _convert_rows if plan.problem.quantize_lhs is None else _quantize_rows
     rows = plan.row_step * _AT_A_TIME
-    if plan.block_m % rows:
-        rows = min(plan.row_step, plan.block_m)
-    if plan.block_m == rows:
+    if count % rows:
+        rows = min(plan.row_step, count)
+    if count == rows:
         rewrite(plan, r, step, slice(0, rows))
         return
 
-    @pl.loop(0, plan.block_m // rows)
+    @pl.loop(0, count // rows)
     def _(i):
         rewrite(plan, r, step, pl.ds(pl.multiple_of(i * rows, rows), rows))
 
