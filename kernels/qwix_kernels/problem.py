@@ -13,7 +13,7 @@ Canonical form, the only one that kernels see:
 What happens to the lhs before the product and to the sum after it, in this order, all in float32:
 
     y   = x * rsqrt(mean(x^2) + eps) * weight                      RMSNorm
-    q   = convert(y * (1 / scale))                                 RowQuantize
+    q   = convert(y * columns * (1 / scale) + noise)               RowQuantize
     z   = q @ w * scales + bias
     out = activation(z), or activation(q @ w_gate ... + gate_bias) * z with a gate
     out + residual, rounded once to the output dtype, or quantized for the next matmul (RowQuantize again)
@@ -95,7 +95,17 @@ class Operand:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["lhs_scale", "norm_weight", "bias", "gate", "gate_bias", "residual", "out_scale"],
+    data_fields=[
+        "lhs_scale",
+        "lhs_columns",
+        "lhs_noise",
+        "norm_weight",
+        "bias",
+        "gate",
+        "gate_bias",
+        "residual",
+        "out_scale",
+    ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +113,8 @@ class Extras:
     """The arrays besides lhs and rhs; None for what a problem does not use. A batch of 1 serves all batches.
 
     lhs_scale    [batch, M or 1, tiles of K]  of static row quantization
+    lhs_columns  [batch, 1, K]  what each column is multiplied with before its row is quantized
+    lhs_noise    [batch, M or 1, 1]  what is added before rounding, in [-0.5, 0.5)
     norm_weight  [batch, 1, K]
     bias         [batch, 1, N]
     gate         a second rhs, of the same description as the first
@@ -112,12 +124,20 @@ class Extras:
     """
 
     lhs_scale: jax.Array | None = None
+    lhs_columns: jax.Array | None = None
+    lhs_noise: jax.Array | None = None
     norm_weight: jax.Array | None = None
     bias: jax.Array | None = None
     gate: Tensor | None = None
     gate_bias: jax.Array | None = None
     residual: jax.Array | None = None
     out_scale: jax.Array | None = None
+
+    @property
+    def of_rows(self) -> Extras:
+        """Those that are used before the product."""
+        given = ("lhs_scale", "lhs_columns", "lhs_noise", "norm_weight")
+        return Extras(**{name: getattr(self, name) for name in given})
 
 
 NO_EXTRAS = Extras()
@@ -136,6 +156,12 @@ class RowQuantize:
 
     `static`: the scale is given instead (`Extras.lhs_scale` or `.out_scale`); the rest is the same.
 
+    `columns`: what is quantized is x * `Extras.lhs_columns`, in float32; x alone otherwise.
+
+    `noise`: `Extras.lhs_noise` is added to the integers before they are rounded: uniform in [-0.5, 0.5), it
+    makes rounding right on average. It is made outside, from a key, so that a program gives the same numbers
+    again, and however its operands are laid out over devices.
+
     `scale_dtype` "float8_e8m0fnu": scales are powers of two, 2^(floor(log2(max|x|)) - `emax`), as in the OCP
     Microscaling Formats specification v1.0, section 6.3; 1 where that is too small, as above, and NaN where
     max|x| is not finite. They are held in float32 all the same.
@@ -146,6 +172,8 @@ class RowQuantize:
     tile_k: int = 0
     static: bool = False
     scale_dtype: str = "float32"
+    columns: bool = False
+    noise: bool = False
 
     @property
     def reciprocal(self) -> float:
@@ -157,6 +185,8 @@ class RowQuantize:
             f"{self.dtype}:{self.tile_k}"
             + ":static" * self.static
             + ":e8m0" * (self.scale_dtype != "float32")
+            + ":columns" * self.columns
+            + ":noise" * self.noise
         )
 
     @property

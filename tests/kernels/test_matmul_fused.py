@@ -82,7 +82,7 @@ def assert_right(got, problem, x, w, extras, multiplied=None):
 def assert_quantized(got, want, allowed, problem, extras):
     """Values times scales are off by half a step of the stored type, besides the error before."""
     how = problem.epilogue.quantize
-    stored = reference.quantize_rows(want, how, extras.out_scale)
+    stored = reference.quantize_rows(want, how, Extras(lhs_scale=extras.out_scale))
     assert got.values.dtype == how.dtype and got.values.shape == want.shape
     assert got.scale.shape == stored.scale.shape
     scale = np.repeat(np.asarray(got.scale, np.float64), want.shape[2] // got.scale.shape[2], 2)
@@ -145,7 +145,7 @@ def test_requantized_integers_are_exact(out, chip):
     problem = problem_of(x, w, extras, activation="relu", quantize_out=out)
     config = tpu.Config(32, n if out == INT8 else 256, k)
     got = tpu.run(problem, x, w, extras, config=config, chip=CHIPS[chip], interpret=INTERPRET)
-    want = reference.quantize_rows(reference.run(problem, x, w, extras), out, scale)
+    want = reference.quantize_rows(reference.run(problem, x, w, extras), out, Extras(lhs_scale=scale))
     on_cpu = matmul(x, w, extras, activation="relu", quantize_out=out)
     for result in (got, on_cpu):
         np.testing.assert_array_equal(np.asarray(result.values).astype(np.float32), want.values)

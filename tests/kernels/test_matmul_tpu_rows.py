@@ -62,7 +62,7 @@ def shown(x, how, weight, chip, config=None, scale=None, out="float32"):
 
 def expected(x, how, strategy, scale=None) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"):
-        stored = reference.quantize_rows(np.asarray(x), how, scale)
+        stored = reference.quantize_rows(np.asarray(x), how, Extras(lhs_scale=scale))
         q, s = np.asarray(stored.values).astype(np.float32), np.asarray(stored.scale, np.float32)
         s = np.repeat(s, q.shape[2] // s.shape[2], axis=2)
         product = q * s

@@ -10,7 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwix_kernels.matmul.describe_extras import check_rows, check_static, epilogue_of, norm_of
+from qwix_kernels.matmul.describe_extras import (
+    check_rows,
+    check_rows_extras,
+    check_static,
+    epilogue_of,
+    norm_of,
+)
 from qwix_kernels.problem import CODEBOOKS, Extras, MatmulProblem, Operand, RowQuantize, Tensor
 
 _PRECISIONS = ("default", "high", "highest")
@@ -66,6 +72,7 @@ def problem_of(
     if quantize_lhs is not None:
         _check_row_quantize(quantize_lhs, left, k)
     check_static("quantize_lhs", quantize_lhs, "lhs_scale", extras.lhs_scale, (left.batch, left.free, k))
+    check_rows_extras(quantize_lhs, extras, (left.batch, left.free, k))
     norm = norm_of(extras, norm_eps, left, k)
     epilogue = epilogue_of(extras, activation, quantize_out, batch, left.free, right.free)
     integers = left.is_integer and right.is_integer and not (left.is_quantized or right.is_quantized)

@@ -73,6 +73,8 @@ def check_rows(name: str, how: RowQuantize, size: int, axis: str) -> None:
         )
     if how.scale_dtype not in ROW_SCALES:
         raise ValueError(f"{name}.scale_dtype is {how.scale_dtype!r}; it must be one of {ROW_SCALES}.")
+    if name == "quantize_out" and (how.columns or how.noise):
+        raise ValueError(f"{name} takes neither columns nor noise, got {how!r}.")
     if how.static and how.scale_dtype != "float32":
         raise ValueError(
             f"{name} is static and has scale_dtype {how.scale_dtype!r}: given scales are used as they are. "
@@ -102,6 +104,28 @@ def check_static(
             f"{array} has shape {got}; it must be (1 or {batch}, 1 or {rows}, {tiles}): batch, rows and "
             f"tiles of {name}."
         )
+
+
+def check_rows_extras(how: RowQuantize | None, extras: Extras, shape: tuple[int, int, int]) -> None:
+    """Raises where `lhs_columns` or `lhs_noise` are missing, superfluous or of another shape."""
+    batch, rows, k = shape
+    for name, field in (("lhs_columns", "columns"), ("lhs_noise", "noise")):
+        x = getattr(extras, name)
+        if (how is not None and getattr(how, field)) != (x is not None):
+            given, wanted = ("not given", "set it") if x is None else ("given", "leave it out")
+            raise ValueError(
+                f"{name} is {given}, but quantize_lhs is {how!r}: {wanted}, or change `{field}`."
+            )
+    if extras.lhs_columns is not None:
+        _check_vector("lhs_columns", extras.lhs_columns, batch, k, "K")
+    if how is None or extras.lhs_noise is None:
+        return
+    if not jnp.issubdtype(how.dtype, jnp.integer):
+        raise ValueError(f"lhs_noise rounds to integers, not to {how.dtype}. Add it before the matmul.")
+    _check_float("lhs_noise", extras.lhs_noise)
+    got = tuple(extras.lhs_noise.shape)
+    if len(got) != 3 or got[0] not in (1, batch) or got[1] not in (1, rows) or got[2] != 1:
+        raise ValueError(f"lhs_noise has shape {got}; it must be (1 or {batch}, 1 or {rows}, 1).")
 
 
 def _check_vector(name: str, x: Any, batch: int, size: int, axis: str) -> None:

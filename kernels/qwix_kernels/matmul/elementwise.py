@@ -12,7 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwix_kernels.problem import ACTIVATIONS, Epilogue, Extras, MatmulProblem, RMSNorm, RowQuantize, Tensor
+from qwix_kernels.problem import (
+    ACTIVATIONS,
+    NO_EXTRAS,
+    Epilogue,
+    Extras,
+    MatmulProblem,
+    RMSNorm,
+    RowQuantize,
+    Tensor,
+)
 
 _LEAST_SCALE = np.sqrt(np.finfo(np.float32).tiny)
 _EXPONENT = np.int32(0x7F800000)  # the exponent's bits of a float32
@@ -57,22 +66,28 @@ def row_scale(absmax: jax.Array, how: RowQuantize) -> jax.Array:
     return jnp.where(scale < _LEAST_SCALE, np.float32(1), scale)
 
 
-def quantize_rows(x: jax.Array, how: RowQuantize, scale: jax.Array | None = None) -> Tensor:
+def quantize_rows(x: jax.Array, how: RowQuantize, extras: Extras = NO_EXTRAS) -> Tensor:
     """Quantizes [batch, M, K] as `RowQuantize` says. The scale is float32, [batch, M, K / tile].
 
-    A static `scale`, [1 or batch, 1 or M, K / tile], is used as it is. 4-bit values are given in int8, which
-    is what they would be widened to.
+    Of `extras`, only what concerns the quantization of rows is read. 4-bit values are given in int8, which is
+    what they would be widened to.
     """
     batch, m, k = x.shape
     if not x.size:
         return Tensor(x.astype(how.dtype), jnp.ones((batch, m, k // (how.tile_k or k or 1)), jnp.float32))
     tile = how.tile_k or k
-    tiled = x.astype(jnp.float32).reshape(batch, m, k // tile, tile)
+    x = x.astype(jnp.float32)
+    if extras.lhs_columns is not None:
+        x = x * extras.lhs_columns.astype(jnp.float32)
+    tiled = x.reshape(batch, m, k // tile, tile)
+    scale = extras.lhs_scale
     if scale is None:
         scale = row_scale(jnp.max(jnp.abs(tiled), axis=-1), how)
     scale = scale.astype(jnp.float32)
     low, high = (np.float32(v) for v in how.limits)
     scaled = tiled * (1 / scale)[..., None]
+    if extras.lhs_noise is not None:
+        scaled = scaled + extras.lhs_noise.astype(jnp.float32)[..., None]
     if jnp.issubdtype(how.dtype, jnp.integer):
         scaled = jnp.round(scaled)
     values = jnp.clip(scaled, low, high).reshape(x.shape)
@@ -86,7 +101,7 @@ def prepare(problem: MatmulProblem, lhs: Tensor, extras: Extras) -> Tensor:
         normed = rms_norm(lhs.values, extras.norm_weight, problem.norm)
         lhs = Tensor(normed if problem.quantize_lhs else normed.astype(lhs.values.dtype))
     if problem.quantize_lhs:
-        lhs = quantize_rows(lhs.values, problem.quantize_lhs, extras.lhs_scale)
+        lhs = quantize_rows(lhs.values, problem.quantize_lhs, extras)
     return lhs
 
 
@@ -114,5 +129,5 @@ def finish(
     out = combine(e, z, gate, extras)
     if e.quantize is None:
         return out.astype(problem.out_dtype)
-    stored = quantize_rows(out, e.quantize, extras.out_scale)
+    stored = quantize_rows(out, e.quantize, Extras(lhs_scale=extras.out_scale))
     return Tensor(stored.values.astype(e.quantize.dtype), stored.scale)

@@ -74,7 +74,7 @@ def _through_epilogue(
     dresidual = _to(g, extras.residual)
     if e.activation is None and not e.gate:
         return g, None, Extras(bias=_to(g, extras.bias), residual=dresidual)
-    prologue = Extras(lhs_scale=extras.lhs_scale, norm_weight=extras.norm_weight)
+    prologue = extras.of_rows
     sums = functools.partial(
         again,
         lhs,

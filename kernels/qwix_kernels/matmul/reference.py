@@ -79,7 +79,7 @@ def prepared(problem: MatmulProblem, lhs: Tensor, extras: Extras) -> Tensor:
     if problem.norm:
         lhs = Tensor(cast(Any, rms_norm(lhs, extras, problem.norm)))
     if problem.quantize_lhs:
-        lhs = quantize_rows(np.asarray(lhs.values), problem.quantize_lhs, extras.lhs_scale)
+        lhs = quantize_rows(np.asarray(lhs.values), problem.quantize_lhs, extras)
     return lhs
 
 
@@ -104,16 +104,21 @@ def dequantize(x: Tensor) -> np.ndarray:
     return values if x.scale is None else values * _spread(x.scale, values.shape)
 
 
-def quantize_rows(x: np.ndarray, how: RowQuantize, scale: object = None) -> Tensor:
+def quantize_rows(x: np.ndarray, how: RowQuantize, extras: Extras = NO_EXTRAS) -> Tensor:
     """Row quantization step by step in float32, as `RowQuantize` documents it."""
     batch, m, k = x.shape
-    tiled = x.astype(np.float32).reshape(batch, m, -1, how.tile_k or k)
+    x, scale = x.astype(np.float32), extras.lhs_scale
+    if extras.lhs_columns is not None:
+        x = x * np.asarray(extras.lhs_columns).astype(np.float32)
+    tiled = x.reshape(batch, m, -1, how.tile_k or k)
     if scale is None:
         scale = _row_scale(np.max(np.abs(tiled), axis=-1, keepdims=True), how)
     else:
         scale = np.asarray(scale).astype(np.float32)[..., None]
     with np.errstate(invalid="ignore"):
         scaled = tiled * (np.float32(1) / scale)
+        if extras.lhs_noise is not None:
+            scaled = scaled + np.asarray(extras.lhs_noise).astype(np.float32)[..., None]
         if jnp.issubdtype(how.dtype, jnp.integer):
             scaled = np.nan_to_num(np.round(scaled), nan=0.0)
         values = np.clip(scaled, *how.limits).astype(jnp.dtype(how.dtype))
@@ -187,7 +192,7 @@ def _rounding_of_rows(problem: MatmulProblem, lhs: Tensor, extras: Extras) -> np
     if problem.quantize_lhs is None:
         return relative * np.abs(y)
     how = problem.quantize_lhs
-    stored = quantize_rows(y, how, extras.lhs_scale)
+    stored = quantize_rows(y, how, extras)
     scale = _spread(stored.scale, y.shape)
     scaled = y / scale
     most = 3 * relative * np.abs(scaled) + _EPS32  # the quotient, with the errors of y and of the scale

@@ -118,11 +118,20 @@ def _operands(
         weight = extras.norm_weight
         block = pl.BlockSpec((1, 1, bk), lambda b, i, j, k: (_or_0(weight, 0, b), 0, of_lhs(j, k)))
         out.append(("norm_weight", weight, block))
+    if extras.lhs_columns is not None:
+        columns = extras.lhs_columns
+        block = pl.BlockSpec((1, 1, bk), lambda b, i, j, k: (_or_0(columns, 0, b), 0, of_lhs(j, k)))
+        out.append(("lhs_columns", columns, block))
+    if extras.lhs_noise is not None:
+        out.append(_lhs_side(plan, "lhs_noise", extras.lhs_noise, tile=0))
     if extras.lhs_scale is not None:
         out.append(_lhs_side(plan, "lhs_scale", extras.lhs_scale))
     elif plan.rows_given:
         assert p.quantize_lhs is not None
-        top = jnp.max(jnp.abs(lhs.values), axis=2, keepdims=True).astype(jnp.float32)
+        x = lhs.values
+        if extras.lhs_columns is not None:
+            x = x.astype(jnp.float32) * extras.lhs_columns.astype(jnp.float32)
+        top = jnp.max(jnp.abs(x), axis=2, keepdims=True).astype(jnp.float32)
         out.append(_lhs_side(plan, "lhs_scale", row_scale(top, p.quantize_lhs)))
     if lhs.scale is not None:
         out.append(_lhs_side(plan, "lhs_scale", lhs.scale))
@@ -164,7 +173,9 @@ def _wide(zero: jax.Array) -> jax.Array:
     return zero.astype(jnp.int32).astype(jnp.float32)
 
 
-def _lhs_side(plan: Plan, name: str, x: jax.Array) -> tuple[str, jax.Array, pl.BlockSpec]:
+def _lhs_side(
+    plan: Plan, name: str, x: jax.Array, tile: int | None = None
+) -> tuple[str, jax.Array, pl.BlockSpec]:
     """[batch, M', K'] scales or zero points as [batch, K blocks, M, tiles of a block].
 
     One row of scales that was given for all rows that are quantized stays one.
@@ -172,7 +183,7 @@ def _lhs_side(plan: Plan, name: str, x: jax.Array) -> tuple[str, jax.Array, pl.B
     p = plan.problem
     if p.quantize_lhs is None:
         x = _expand(x, 1, p.m)
-    x = _by_block(plan, _expand(x, 0, p.lhs.batch), plan.lhs_tile, axis=2)
+    x = _by_block(plan, _expand(x, 0, p.lhs.batch), plan.lhs_tile if tile is None else tile, axis=2)
     rows = plan.block_m if x.shape[2] > 1 or p.quantize_lhs is None else 1
     index = lambda b, i, j, k: (_or_0(x, 0, b), _or_0(x, 1, k), i if rows > 1 else 0, 0)
     return name, x, pl.BlockSpec((1, 1, rows, x.shape[3]), index)

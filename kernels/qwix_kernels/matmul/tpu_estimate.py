@@ -352,7 +352,7 @@ def _row_ops(plan: Plan) -> float:
     p, tile = plan.problem, plan.lhs_tile
     if q := p.quantize_lhs:
         kind = "int" if not is_fp8(q.dtype) else "native" if plan.lhs_dot == q.dtype else "float8"
-        each = _QUANTIZE_ROW[kind][plan.bf16_math] - q.static
+        each = _QUANTIZE_ROW[kind][plan.bf16_math] - q.static + 2 * q.columns + q.noise
         each += _TILE_SCALE * LANES / max(tile, LANES) if tile else 0
         each += _EXCHANGE * math.log2(tile) if 0 < tile < LANES and not q.static else 0
     else:

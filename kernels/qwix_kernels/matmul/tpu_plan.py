@@ -352,6 +352,8 @@ def vmem_bytes(plan: Plan) -> int:
         scales += p.products * (1 + p.rhs.zero_point) * (_pad(plan.rhs_tiles(), 8) * _pad(bn) * 4)
     if plan.scales_lhs:
         scales += (1 + p.lhs.zero_point) * bm * _pad(plan.lhs_tiles()) * 4
+    if q := p.quantize_lhs:
+        scales += q.noise * bm * LANES * 4 + q.columns * 8 * _pad(bk) * 4
     # The accumulator, or the dot's own result, or both where tiles of K are stacked.
     scratch = p.products * bm * _pad(bn) * 4 + (plan.stack > 1) * plan.stack * plan.sub_m * _pad(bn) * 4
     if plan.prepare_lhs:

@@ -108,6 +108,7 @@ def _quantize_rows(plan: Plan, r: Refs, step: jax.Array, at: Any) -> None:
     assert q is not None
     load = _loader(plan, r, step, at)
     groups = values.quantized_runs(plan.block_k, plan.lhs_tile)
+    noise = r["lhs_noise"][0, 0, values.given_rows(r["lhs_noise"], at), :] if q.noise else None
     whole = None
     if not plan.lhs_tile:
         scale = _whole_scale(plan, r, step, at, load, [lanes for lanes, _ in groups])
@@ -122,7 +123,7 @@ def _quantize_rows(plan: Plan, r: Refs, step: jax.Array, at: Any) -> None:
             else:
                 scale = _run_scale(plan, r, step, at, size[:, part], run)
                 inverse = values.inverse(scale, q)
-            stored = values.quantize(x[:, part].astype(jnp.float32) * inverse, q)
+            stored = values.quantize(x[:, part].astype(jnp.float32) * inverse, q, noise)
             if plan.lhs_dot != q.dtype and not jnp.issubdtype(q.dtype, jnp.integer):
                 stored = values.on_grid(stored, q.dtype)
             done.append(stored.astype(jnp.float32) * scale if plan.folds_lhs else stored)
@@ -168,17 +169,25 @@ def _loader(plan: Plan, r: Refs, step: jax.Array, at: Any) -> Load:
     What is not normalised comes in bfloat16 where it is so in VMEM and the vector unit computes in it.
     """
     p, limit = plan.problem, plan.k_limit(step)
-    packed = plan.bf16_math and p.lhs.dtype == "bfloat16" and not p.norm and limit is None
+    columns = p.quantize_lhs is not None and p.quantize_lhs.columns
+    packed = plan.bf16_math and p.lhs.dtype == "bfloat16" and not (p.norm or columns) and limit is None
 
     def load(lanes: slice) -> jax.Array:
         x = r["lhs"][0, at, lanes]
         return x if packed else values.zero_past(x.astype(jnp.float32), limit, lanes.start, axis=1)
 
+    def scaled(lanes: slice) -> jax.Array:
+        x = normed(lanes)
+        # Past the end of K the block of `lhs_columns` holds whatever its DMA left there.
+        return values.zero_past(x * r["lhs_columns"][0, :, lanes].astype(jnp.float32), limit, lanes.start, 1)
+
+    normed = load
     if p.norm is None:
-        return load
+        return scaled if columns else load
     squares = [jnp.sum(jnp.square(load(lanes)), axis=1, keepdims=True) for lanes in _pieces(p.k)]
     root = lax.rsqrt(sum(squares) * jnp.float32(1 / p.k) + jnp.float32(p.norm.eps))
-    return lambda lanes: load(lanes) * root * r["norm_weight"][0, :, lanes].astype(jnp.float32)
+    normed = lambda lanes: load(lanes) * root * r["norm_weight"][0, :, lanes].astype(jnp.float32)
+    return scaled if columns else normed
 
 
 def _pieces(k: int) -> list[slice]:

@@ -72,7 +72,7 @@ def run(
         lhs, extras = Tensor(normed.astype(part.lhs.dtype)), dataclasses.replace(extras, norm_weight=None)
     if problem.epilogue == part.epilogue:
         return kernel(lhs, rhs, extras)
-    before = Extras(lhs_scale=extras.lhs_scale, norm_weight=extras.norm_weight)
+    before = extras.of_rows
     if part.epilogue is None:
         z = kernel(lhs, rhs, before)
         gate = None if extras.gate is None else kernel(lhs, extras.gate, before)

@@ -255,15 +255,19 @@ def inverse(scale: jax.Array, how: RowQuantize) -> jax.Array:
     return lax.bitcast_convert_type(turned, jnp.float32)
 
 
-def quantize(x: jax.Array, how: RowQuantize) -> jax.Array:
+def quantize(x: jax.Array, how: RowQuantize, noise: jax.Array | None = None) -> jax.Array:
     """Scaled float32 values, clipped and, where `how.dtype` is of integers, rounded to int32.
+
+    `noise`, [rows or 1, 1], is added before rounding.
 
     An end of the range that they cannot reach, scaled by the greatest of their run, is not clipped.
     """
     integer = jnp.issubdtype(how.dtype, jnp.integer)
     low, high = how.limits
     most = how.bound if how.scale_dtype == "float32" else 2.0 ** (how.emax + 1)
-    most = math.inf if how.static else math.floor(most * (1 + 2.0**-20) + 0.5) if integer else most
+    reach = 1.0 if how.noise else 0.5  # noise takes half a step more
+    most = math.inf if how.static else math.floor(most * (1 + 2.0**-20) + reach) if integer else most
+    x = x if noise is None else x + noise.astype(jnp.float32)
     if most > high:
         x = jnp.minimum(x, jnp.float32(high))
     if -most < low:
