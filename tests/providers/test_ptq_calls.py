@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec
 
 import qwix
@@ -149,7 +150,14 @@ class Parts(nnx.Module):
 
 
 def count_int8_dots(fn, *args):
-    return str(jax.make_jaxpr(fn)(*args)).count("quantize_lhs=RowQuantize")
+    def count(jaxpr):
+        inner = [j for eqn in jaxpr.eqns for j in jaxprs_in_params(eqn.params)]
+        own = sum(
+            bool(e.params["problem"].quantize_lhs) for e in jaxpr.eqns if e.primitive.name == "qwix_matmul"
+        )
+        return own + sum(map(count, inner))
+
+    return count(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
 @pytest.mark.parametrize(

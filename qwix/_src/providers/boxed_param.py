@@ -220,7 +220,7 @@ class Executor:
         return self.provider._qarray.quantize_with_scale_zero_point(x, how.qtype, scale, zero_point)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=jax.Inline.JAX_LATE)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _dot_once(lhs: Any, rhs: Any, dnums: Any, options: tuple[tuple[str, Any], ...], config: Any) -> jax.Array:
     """`dot_general`, traced once for all layers of one shape. `config` is part of what is traced for."""
     with tuning.use(config):
