@@ -14,6 +14,7 @@ was run an entry that nothing misses any more fails too, so that the list stays 
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import pathlib
@@ -23,7 +24,20 @@ from typing import Any
 from bench.targets import Miss
 
 FILE = pathlib.Path(__file__).parent / "known_misses.json"
-LADDER = "kernels/qwix_kernels/matmul/tpu_kernel.py"
+_KERNELS = "kernels/qwix_kernels/matmul"
+# (pattern of scheme, rows, target, and where the strategies that were tried stand): the first that matches.
+LADDERS = (
+    ("wnf4*", "decode*", "*", f"{_KERNELS}/tpu_codebook.py: the ladder"),
+    ("wnf4*", "batch*", "*", f"{_KERNELS}/tpu_codebook.py: the ladder"),
+    ("wmxfp*", "decode*", "*", f"{_KERNELS}/tpu_weights.py: the ladder"),
+    ("wmxfp*", "batch*", "*", f"{_KERNELS}/tpu_weights.py: the ladder"),
+    ("wnvfp*", "decode*", "*", f"{_KERNELS}/tpu_weights.py: the ladder"),
+    ("wnvfp*", "batch*", "*", f"{_KERNELS}/tpu_weights.py: the ladder"),
+    ("*", "*", "dynamic", f"{_KERNELS}/tpu_rows.py: the ladder"),
+    ("*", "decode*", "*", f"{_KERNELS}/tpu_kernel.py: the ladder, decode"),
+    ("*", "batch*", "*", f"{_KERNELS}/tpu_kernel.py: the ladder, decode"),
+    ("*", "*", "*", f"{_KERNELS}/tpu_kernel.py: the ladder, prefill"),
+)
 _SLACK = 1.005  # the worst is written with three digits
 _KEY = ("chip", "scheme", "rows", "target")
 
@@ -61,6 +75,19 @@ def against(
     return fails, listed
 
 
+def ladder_of(scheme: str, rows: str, target: str) -> str:
+    """The file, and the section of its header, that shows the strategies which were tried for such a miss.
+
+    >>> ladder_of("wnf4a16_g64", "decode small", "hbm")
+    'kernels/qwix_kernels/matmul/tpu_codebook.py: the ladder'
+    """
+    return next(
+        where
+        for *patterns, where in LADDERS
+        if all(map(fnmatch.fnmatchcase, (scheme, rows, target), patterns))
+    )
+
+
 def draft(
     found: Sequence[Miss], known: Iterable[dict[str, Any]], chips: Iterable[str]
 ) -> list[dict[str, Any]]:
@@ -73,7 +100,7 @@ def draft(
     for key, group in _groups(found).items():
         worst = max(group, key=lambda miss: miss.excess)
         entry = {**dict(zip(_KEY, key, strict=True)), "count": len(group), "worst": _rounded(worst.excess)}
-        ladder = written.get(key, {}).get("ladder", LADDER)
+        ladder = written.get(key, {}).get("ladder", ladder_of(*key[1:]))
         kept.append(entry | {"reason": worst.why, "ladder": ladder})
     return sorted(kept, key=_key)
 
