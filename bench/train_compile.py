@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from bench import child, hlo, replay, tpu_compile
+from bench import child, hlo, tpu_compile
 from bench.cache import Cache, digest_of_files
 
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
@@ -86,7 +86,7 @@ def step_ops(chip: str, text: str, dump: str) -> list[TrainOp]:
         if op.opcode == "custom-call" and not op.is_kernel:
             moved = _marked_bytes(rest)
         if cost:
-            moved = moved + cost.hbm_bytes if op.is_kernel else max(moved, cost.hbm_bytes)
+            moved = moved + cost[1] if op.is_kernel else max(moved, cost[1])
         us = lambda cycles, times=op.times: cycles * times / spec.ghz / 1e3
         calls, path = _CALLS.search(rest), _OP_NAME.search(rest)
         found.append(
@@ -97,7 +97,7 @@ def step_ops(chip: str, text: str, dump: str) -> list[TrainOp]:
                 is_kernel=op.is_kernel,
                 is_matmul=bool(calls and calls[1] in matmuls) or op.opcode in ("dot", "convolution"),
                 estimated_us=us(op.estimated_cycles or 0),
-                compute_us=us(cost.cycles) if cost else None,
+                compute_us=us(cost[0]) if cost else None,
                 memory_us=moved * op.times / bandwidth * 1e6,
             )
         )
@@ -133,13 +133,13 @@ def _marked_bytes(rest: str) -> int:
     return sum(hlo._array_bytes(dtype, dims) for dtype, dims, _ in hlo._ARRAY.findall(_shapes(rest)))
 
 
-def _replayed(spec: Any, name: str, path: str) -> replay.Cost | None:
+def _replayed(spec: Any, name: str, path: str) -> tuple[int, int] | None:
+    """(cycles of the slowest core, bytes of all cores); None where the bundles say too little."""
     try:
         cores = [tpu_compile.replay_file(spec, name, path, i) for i in range(tpu_compile.device_cores(spec))]
-    except (ValueError, RuntimeError, replay.UnknownTripCount):
+    except (ValueError, RuntimeError):
         return None
-    slowest = max(cores, key=lambda cost: cost.cycles)
-    return dataclasses.replace(slowest, hbm_bytes=sum(cost.hbm_bytes for cost in cores))
+    return max(cost.cycles for cost in cores), sum(cost.hbm_bytes for cost in cores)
 
 
 def answer(chip: str, program: str, dump: str, cache: Cache | None) -> dict[str, Any]:
