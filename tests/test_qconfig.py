@@ -214,3 +214,14 @@ def test_facts_about_objects():
 def test_a_pattern_is_a_regular_expression_for_whole_paths():
     provider = qwix.QuantizationProvider([Rule(module_path=re.escape("a.b"), weight_qtype="int8")])
     assert provider.find_rule("a.b", "einsum") and not provider.find_rule("a/b", "einsum")
+
+
+@pytest.mark.parametrize("provider", [qwix.QtProvider, qwix.PtqProvider])
+@pytest.mark.parametrize(
+    "given", ["int8", {"weight_qtype": "int8"}, None, jnp.int8, [Rule(), "int8"]], ids=str
+)
+def test_what_is_no_rule_is_shown_whole_with_what_to_pass(provider, given):
+    shown = "'int8' in [" if isinstance(given, list) else repr(given)
+    example = f"{provider.__name__}([qwix.QuantizationRule("
+    with pytest.raises(TypeError, match=f"sequence of them, got {re.escape(shown)}.*{re.escape(example)}"):
+        provider(given)

@@ -14,7 +14,7 @@ import itertools
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax.core import FrozenDict
@@ -199,13 +199,7 @@ class QuantizationProvider:
     _tokens = itertools.count()
 
     def __init__(self, rules: Sequence[QuantizationRule] | QuantizationRule, *, disable_jit: bool = False):
-        rules = [rules] if isinstance(rules, QuantizationRule) else list(rules)
-        for rule in rules:
-            if not isinstance(rule, QuantizationRule):
-                raise TypeError(
-                    f"Rules must be QuantizationRule objects, got {type(rule).__name__}: {rule!r}. "
-                    "qwix.load_rules makes them from dicts or YAML."
-                )
+        rules = self._checked(rules)
         self._rules = [self._init_rule(rule) for rule in rules]
         self._matches = [0] * len(self._rules)
         self._compiled = [re.compile(rule.module_path) for rule in self._rules]
@@ -217,6 +211,22 @@ class QuantizationProvider:
         self.disable_jit = disable_jit
         self.records: dict[tuple[str, str], OpRecord] = {}
         self.classes: dict[Any, type] = {}  # of converted models, see model_class
+
+    def _checked(self, rules: Any) -> list[QuantizationRule]:
+        """The rules as a list. A text or a dict is a sequence, too, but not of rules."""
+        if isinstance(rules, QuantizationRule):
+            return [rules]
+        several = isinstance(rules, Iterable) and not isinstance(rules, str | bytes | Mapping | type)
+        listed = list(rules) if several else [rules]
+        for rule in listed:
+            if not isinstance(rule, QuantizationRule):
+                raise TypeError(
+                    f"{type(self).__name__} takes a QuantizationRule or a sequence of them, got {rule!r}"
+                    f"{f' in {rules!r}' if several else ''}. For example: {type(self).__name__}("
+                    "[qwix.QuantizationRule(module_path='.*', weight_qtype='int8')]). qwix.load_rules makes "
+                    "rules from dicts or YAML."
+                )
+        return listed
 
     @property
     def token(self) -> int:

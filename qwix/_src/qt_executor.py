@@ -80,6 +80,7 @@ class TrainingExecutor:
         plan = op_plan.placed(plan, self.provider, in_layer=trace.layer is not None, mapped=mapped)
         self._record(plan, args, params)
         if plan.reason is not None:
+            self._warn_of(plan, args)
             return trace.bind(primitive, args, params)
         return trace.outside(self._run, plan, args, params, trace)
 
@@ -94,6 +95,15 @@ class TrainingExecutor:
         if plan.weight_how is None:
             return rows
         return trace.outside(_rounded, rows, _how_of_rows(plan.weight_how, row_axis, rows.ndim, params))
+
+    def _warn_of(self, plan: OpPlan, args: Sequence[Any]) -> None:
+        """Warns of a weight that stays float against its rule, where the model can be written otherwise."""
+        weight = _weight(plan, args)
+        if weight is not None and plan.reason == qt_plan.OTHER_RAGGED:
+            self.provider._warn_once(
+                f"The weight {weight.info.full_path!r} stays float in {plan.op_id}, against its rule: "
+                f"{plan.reason}. Call jax.lax.ragged_dot, on transposed operands if need be."
+            )
 
     def _record(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> None:
         key = plan.path, plan.op_id

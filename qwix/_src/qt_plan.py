@@ -21,6 +21,7 @@ from qwix._src.weight import WeightTracer
 
 Collect = Callable[[Mapping[str, Any]], dict[str, Any]]
 _SIDES = ("lhs", "rhs")
+OTHER_RAGGED = "of ragged dots, only [m, k] x [g, k, n] with ragged m is trained quantized"
 # Fields that name a side of the forward op, in both spellings.
 _EXCHANGE = {"lhs": "rhs", "rhs": "lhs", "dlhs": "drhs", "drhs": "dlhs"}
 
@@ -59,7 +60,7 @@ def _reason(
     if op == "conv_general_dilated" and list(sides) != [1]:
         return "the kernel of the convolution is no weight"
     if op == "ragged_dot" and params["ragged_dot_dimension_numbers"] != BASIC_DIMENSION_NUMBERS:
-        return "of ragged dots, only [m, k] x [g, k, n] with ragged m is trained quantized"
+        return OTHER_RAGGED
     if not sides and op in ("dot_general", "einsum"):
         if rule.act_qtype is None and not rule.extra:
             return "no operand is a weight, and the rule has no act_qtype"

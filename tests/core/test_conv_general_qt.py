@@ -122,6 +122,39 @@ def test_gradients_of_every_format(options, grad, normal):
     np.testing.assert_array_less(np.abs(dw - exact[2]), 1.01 * bound_w)
 
 
+def _by_hand(x, w, groups):
+    """The convolution of `SAME` with batch groups: each run of images has output features of its own."""
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    (n, height, width, _), out = x.shape, w.shape[3] // groups
+    pads = [(k - 1) // 2 for k in w.shape[:2]]
+    x = np.pad(x, ((0, 0), *[(p, k - 1 - p) for p, k in zip(pads, w.shape[:2], strict=True)], (0, 0)))
+    result = np.zeros((n // groups, height, width, groups * out))
+    for i, images in enumerate(np.split(x, groups)):
+        for (a, b), _ in np.ndenumerate(w[:, :, 0, 0]):
+            kernel = w[a, b, :, i * out : (i + 1) * out]
+            result[..., i * out : (i + 1) * out] += images[:, a : a + height, b : b + width] @ kernel
+    return result
+
+
+@pytest.mark.parametrize("grad", [pytest.param(None, marks=pytest.mark.large), "int8"])
+def test_gradients_with_batch_groups_against_float64(grad, normal):
+    """<dw, v> is <g, conv(x, v)> in any direction v, up to half a step of g in each term; the same for dx."""
+    x, w, g = normal(11, 4, 5, 4, 3), normal(12, 3, 2, 3, 6), normal(13, 2, 5, 4, 6)
+    u, v = normal(14, *x.shape), normal(15, *w.shape)
+    shared = {f"{side}_disable_channelwise_axes": True for side in ("lhs", "rhs")}
+    config = ConvGeneralQtConfig(**W8A8, **shared, dlhs_grad_qtype=grad, drhs_grad_qtype=grad)
+    stored = [qarray.quantize(y, qarray.HowToQuantize(qtype="int8")).dequantize() for y in (x, w)]
+    _, dx, dw = _vjp(lambda x, w: conv_general_qt(x, w, config, **SAME, batch_group_count=2), x, w, g)
+    half = float(jnp.abs(g).max()) / 255 if grad else 0
+    for got, direction, change in (
+        (dx, u, _by_hand(u, stored[1], 2)),
+        (dw, v, _by_hand(stored[0], v, 2)),
+    ):
+        exact = (np.asarray(g, np.float64) * change).sum()
+        bound = 1.01 * half * np.abs(change).sum() + 1e-5 * np.abs(np.asarray(g) * change).sum()
+        assert abs((np.asarray(got, np.float64) * np.asarray(direction)).sum() - exact) <= bound
+
+
 def _steps(g, other, axis, over, place):
     """Half a step of g's grid, in g's own units, given the operand whose scales along `axis` move into it."""
     scale = jnp.ones((1,) * g.ndim)

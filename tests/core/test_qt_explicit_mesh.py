@@ -54,7 +54,9 @@ def _check(fn, x, w, mesh, lhs, rhs, out):
     {
         "rows and columns": (INT8, P("a", None, None), P(None, "b"), P("a", None, "b")),
         "weights cut as in FSDP": (INT8, P("a", None, None), P("a", "b"), P("a", None, None)),
-        "the sum, float gradients": (QAT, P("a", None, "b"), P("b", None), P("a", None, None)),
+        "the sum, float gradients": pytest.param(
+            QAT, P("a", None, "b"), P("b", None), P("a", None, None), marks=pytest.mark.large
+        ),
     }.values(),
 )
 def test_a_dot_and_its_gradients_are_laid_out_as_their_operands(config, lhs, rhs, out, mesh, normal):

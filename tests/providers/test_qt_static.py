@@ -118,6 +118,35 @@ def test_a_trained_linen_model_is_quantized_with_its_statistics():
     assert (inference.apply({"params": params}, X) == model.apply(variables, X)).all()
 
 
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(16, 16, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.linear(x)
+
+
+@pytest.mark.parametrize("how", ["vmap", pytest.param("another axis", marks=pytest.mark.large)])
+def test_layers_without_a_place_for_statistics_are_named_and_have_dynamic_ranges(how):
+    class Stack(nnx.Module):
+        def __init__(self):
+            axes = nnx.StateAxes({nnx.Param: 1 if how == "another axis" else 0})
+            self.layers = nnx.split_rngs(splits=3)(nnx.vmap(Block, in_axes=0, out_axes=axes))(nnx.Rngs(0))
+
+        def __call__(self, x):
+            if how == "vmap":
+                return nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(self.layers, x).sum(0)
+            axes = nnx.StateAxes({nnx.Param: 1})
+            scan = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)
+            return scan(x, self.layers)
+
+    with pytest.warns(UserWarning, match=f"dot_general0 in 'layers/linear' .* dynamically.*{how}"):
+        model = qwix.quantize_model(Stack(), qwix.QtProvider(rule()), X)
+    dynamic = qwix.quantize_model(Stack(), qwix.QtProvider(rule(act_static_scale=None)), X)
+    assert (model(X) == dynamic(X)).all()
+    assert not jax.tree.leaves(nnx.state(model, qwix.QuantStat))
+
+
 def test_statistics_of_a_sharded_batch_are_those_of_the_whole(devices):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     sharded = jax.device_put(X, NamedSharding(mesh, PartitionSpec("data")))
