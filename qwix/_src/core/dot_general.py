@@ -7,6 +7,7 @@ says when something else runs. The result is the same within the documented boun
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from qwix_kernels import matmul as matmul_kernel
-from qwix_kernels.problem import MatmulProblem, Tensor
+from qwix_kernels.problem import Extras, MatmulProblem, RowQuantize, Tensor
 
 from qwix._src.core import dot_plan, explicit_mesh, layout, mxfp_dot, numerics, qarray
 from qwix._src.core.calibration import HowToQuantize
@@ -76,6 +77,7 @@ def dot_general(
     preferred_element_type: DTypeLike | None = None,
     *,
     act_how: HowToQuantize | None = None,
+    act_columns: jax.Array | None = None,
     implementation: str | Sequence[str] | None = None,
     out_sharding: Any = None,
 ) -> jax.Array:
@@ -89,6 +91,8 @@ def dot_general(
       preferred_element_type: dtype of the result; by default what the represented values promote to, int32
         for integers without scales.
       act_how: quantize a float lhs on the way, inside the kernel where it can (absmax per row).
+      act_columns: beside act_how, what lhs is multiplied with before: a float array of lhs' rank, of size 1
+        along its free axes.
       implementation: name of a kernel implementation, or names in order; None takes the best that runs.
       out_sharding: as in `jax.lax.dot_general`, for meshes with explicit axes.
 
@@ -122,15 +126,49 @@ def dot_general(
         if plan.kind == "dequantize":
             raise NotImplementedError(f"{implementation!r} can't run this dot: {plan.reason}.")
         plan = dataclasses.replace(plan, kind="kernel")
-    if act_how is not None and plan.rows is None:
-        lhs = qarray.quantize(lhs, act_how)
+    rows, extras = (None, None) if act_how is None else _rows(lhs, act_how, act_columns, plan)
+    if act_how is not None and rows is None:
+        lhs = qarray.quantize(lhs if act_columns is None else _scaled(lhs, act_columns), act_how)
     if plan.kind == "scaled_matmul":
         out = mxfp_dot.mxfp_dot_general(lhs, rhs, numbers, preferred_element_type)
         if out is not None:
             return out
     if plan.kind == "dequantize":
         return _dequantized(lhs, rhs, numbers, plan, precision)
-    return _kernel(lhs, rhs, plan, precision, implementation)
+    return _kernel(lhs, rhs, dataclasses.replace(plan, rows=rows), precision, implementation, extras)
+
+
+def _scaled(x: jax.Array, columns: jax.Array) -> jax.Array:
+    wide = numerics.compute_dtype(x.dtype)
+    product = layout.call_with_generic_broadcast(jnp.multiply, x.astype(wide), columns.astype(wide))
+    return product.astype(x.dtype)
+
+
+def _rows(
+    lhs: jax.Array, how: HowToQuantize, columns: jax.Array | None, plan: Plan
+) -> tuple[RowQuantize | None, Extras | None]:
+    """How a kernel quantizes the rows of `lhs`, with the arrays that this takes; None where it does not.
+
+    Noise that is the same along a row is made here and added there.
+    """
+    if plan.kind != "kernel":
+        return None, None
+    rows = dot_plan.row_quantize(dataclasses.replace(how, noise_fn=None), plan.lhs)
+    if rows is None:
+        return None, None
+    noise = None if how.noise_fn is None else how.noise_fn(lhs.shape)
+    if noise is not None:
+        by_row = all(noise.shape[a] == 1 for a in plan.lhs.contracting)
+        if not by_row or not jnp.issubdtype(rows.dtype, jnp.integer):
+            return None, None
+        merged = plan.lhs.merge(noise)
+        noise = jnp.repeat(merged, math.prod(lhs.shape[a] for a in plan.lhs.free) // merged.shape[1], axis=1)
+    if columns is not None:
+        merged = plan.lhs.merge(columns)
+        k = math.prod(lhs.shape[a] for a in plan.lhs.contracting)
+        columns = jnp.repeat(merged, k // merged.shape[2], axis=2)
+    rows = dataclasses.replace(rows, columns=columns is not None, noise=noise is not None)
+    return rows, Extras(lhs_columns=columns, lhs_noise=noise)
 
 
 def _operands(
@@ -165,12 +203,18 @@ def _repack(x: Any, numbers: DotDimensionNumbers, side: Side) -> Any:
 
 
 def _kernel(
-    lhs: Operand, rhs: Operand, plan: Plan, precision: Any, implementation: str | Sequence[str] | None
+    lhs: Operand,
+    rhs: Operand,
+    plan: Plan,
+    precision: Any,
+    implementation: str | Sequence[str] | None,
+    extras: Extras | None,
 ) -> jax.Array:
     left, right = _tensor(lhs, plan.lhs, "lhs"), _tensor(rhs, plan.rhs, "rhs")
     out = matmul_kernel.matmul(
         left,
         right,
+        extras,
         quantize_lhs=plan.rows,
         rhs_transposed=plan.rhs.k_last,
         out_dtype=_kernel_dtype(left, right, plan),

@@ -16,6 +16,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -126,6 +127,14 @@ class _Dot:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Scaled:
+    """g and what a kernel multiplies it with when it quantizes its rows, so that the product isn't stored."""
+
+    g: jax.Array
+    scale: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
 class _DotGradient:
     """dlhs = g . rhs or drhs = lhs . g. See `qt_vjp.Gradient`.
 
@@ -160,19 +169,25 @@ class _DotGradient:
             **kwargs,
         )
 
-    def scaled(self, g: jax.Array, scale: jax.Array, extra: None) -> jax.Array:
+    def scaled(self, g: jax.Array, scale: jax.Array, extra: None) -> Any:
         from_other = {a: other for other, a in self.to_g.items()}
-        return qt_vjp.scale_gradient(
-            g, layout.transpose_array(scale, [from_other.get(a) for a in range(g.ndim)])
-        )
+        scale = layout.transpose_array(scale, [from_other.get(a) for a in range(g.ndim)])
+        if self.side == "lhs" and g.dtype != jnp.float16:
+            return _Scaled(g, scale)
+        return qt_vjp.scale_gradient(g, scale)
 
     def __call__(
         self, g: Any, other: Any, extra: None, dtype: np.dtype, act_how: HowToQuantize | None
     ) -> jax.Array:
+        columns = None
+        if isinstance(g, _Scaled):
+            g, columns = g.g, g.scale
         if self.side == "rhs":
             g = g if act_how is None else qarray.quantize(g, act_how)
             lhs, rhs, act_how = other, g, None
         else:
             lhs, rhs = g, other
-        out = dot_lib.dot_general(lhs, rhs, self.numbers, self.precision, dtype, act_how=act_how)
+        out = dot_lib.dot_general(
+            lhs, rhs, self.numbers, self.precision, dtype, act_how=act_how, act_columns=columns
+        )
         return out.transpose(self.perm)
