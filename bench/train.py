@@ -129,7 +129,7 @@ def price(chips: Sequence[str], *, jobs: int = 1, cache: str | None = None) -> l
     # The bfloat16 programs first: XLA takes several minutes to choose blocks for their matmuls.
     wanted = [(chip, "bf16") for chip in chips] + [(chip, FORMAT_OF[chip]) for chip in chips]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        answers = dict(zip(wanted, pool.map(lambda w: _compiled(*w, cache), wanted), strict=True))
+        answers = dict(zip(wanted, pool.map(lambda w: _compiled(w[0], w[1], cache), wanted), strict=True))
     step = lambda chip, program: step_of(program, answers[chip, program], weight_shapes())
     return [Comparison(chip, step(chip, "bf16"), step(chip, FORMAT_OF[chip])) for chip in chips]
 
