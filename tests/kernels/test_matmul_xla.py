@@ -1,12 +1,15 @@
 """The portable matmul against numpy: integers bit for bit, floats within the derived bound."""
 
+import collections
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwix_kernels.matmul import RowQuantize, Tensor, elementwise, matmul, problem_of, reference
+from qwix_kernels.matmul import RowQuantize, Tensor, elementwise, matmul, problem_of, reference, xla
 
 SIZES = (1, 2, 3, 7, 13, 32, 48)
 TILES = (1, 2, 5, 16, 32, 40, 64)
@@ -233,3 +236,44 @@ def test_tiles_are_not_materialised():
     x = draw_tensor(np.random.default_rng(0), (1, 256, 512), "int8", (1, 256, 8))
     memory = jax.jit(matmul).lower(x, w).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 256 * 256 * 4  # 8 tiles of partial results would be 8 of these
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["rows", "all"])
+@pytest.mark.parametrize("qtype", ["int8", "uint4"])
+def test_many_rows_with_tiles_are_multiplied_block_by_block(qtype, shared):
+    rng = np.random.default_rng(0)
+    m, k, n = 2 * xla.ROWS_AT_ONCE + 45, 96, 8
+    left = draw_tensor(rng, (1, m, k), "int8", (1, 1 if shared else m, 3), zero_point=True)
+    right = draw_tensor(rng, (1, k, n), qtype, (1, 3, n), zero_point=True)
+    assert_matches(left, right)
+    assert f"s32[{m}," not in compiled_text(lambda a, b: matmul(a, b), left, right)
+
+
+@pytest.mark.parametrize(("qtype", "functions"), [("int8", {"prepare"}), ("int4", {"prepare", "_multiply"})])
+def test_a_cpu_compiles_once_what_many_matmuls_share(qtype, functions):
+    rng = np.random.default_rng(0)
+    x = draw_values(rng, (1, 4, 64), "bfloat16")
+    wide, narrow = (draw_tensor(rng, (1, 64, n), qtype, (1, 1, n)) for n in (32, 16))
+    rows = RowQuantize("int8", 127.0)
+
+    def run(x, wide, narrow):
+        return [matmul(x, w, quantize_lhs=rows, out_dtype="float32") for w in (wide, narrow, wide)]
+
+    text = jax.jit(run).lower(x, wide, narrow).as_text()
+    shared = re.findall(r"call @(\w+?)(?:_\d+)?\(.*xla_late", text)
+    defined = collections.Counter(re.findall(r"func private @(\w+?)(?:_\d+)?\(", text))
+    assert set(shared) == functions and shared.count("prepare") == 3 and defined["prepare"] == 1
+    assert defined["_multiply"] == 2 * ("_multiply" in functions)
+    for got, w in zip(jax.jit(run)(x, wide, narrow), (wide, narrow, wide), strict=True):
+        problem = problem_of(x, w, quantize_lhs=rows, out_dtype="float32")
+        inline = jax.jit(lambda x, w, problem=problem: xla.run(problem, Tensor(x), w))
+        np.testing.assert_array_equal(got, inline(x, w))
+
+
+def test_partitioned_programs_share_nothing():
+    x, w = jnp.zeros((1, 8, 64)), draw_tensor(np.random.default_rng(0), (1, 64, 32), "int8", (1, 1, 32))
+    rows = RowQuantize("int8", 127.0)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.sharding.NamedSharding(mesh, jax.P(None, "x"))
+    run = jax.jit(lambda x, w: matmul(x, w, quantize_lhs=rows), in_shardings=(spread, None))
+    assert "xla_late" not in run.lower(x, w).as_text()
