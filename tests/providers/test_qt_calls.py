@@ -237,6 +237,28 @@ def test_scanned_layers_train_as_unrolled_ones(how):
     assert ("remat" in str(traced.jaxpr)) == (how == "remat")
 
 
+def test_a_remat_policy_can_keep_the_quantized_operands_by_name():
+    """The first layer's weight isn't among them: its input needs no gradient."""
+
+    class Model(nn.Module):
+        policy: object
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.remat(Block, policy=self.policy)()(x, None)[0]
+
+    def kept(policy):
+        model = qwix.quantize_model(Model(policy), qwix.QtProvider(FULL))
+        loss = lambda p: (model.apply({"params": p}, X) ** 2).sum()
+        params = jax.eval_shape(model.init, KEY, X)["params"]
+        leaves = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params))
+        return sorted(leaf.shape for leaf in leaves if leaf.dtype == jnp.int8)
+
+    by_name = jax.checkpoint_policies.save_only_these_names("qwix_lhs", "qwix_rhs")
+    assert kept(by_name) == [(4, 16), (4, 32), (32, 16)]
+    assert kept(None) == []
+
+
 def test_a_rematerialized_scan_keeps_only_the_layers_inputs():
     saved, x = {}, jax.random.normal(KEY, (64, 16))
     for how in ("scan", "remat"):
