@@ -65,7 +65,7 @@ _RUNNING_SUM = 4.0  # cycles per 1024 elements
 _STEP_CYCLES = {128: 180, 256: 230}  # of a grid step, whatever its blocks, by columns of the matrix unit
 _LOOP_CYCLES = 200  # of a grid of more than one step
 _NOT_HIDDEN_ROWS = 0.1  # of the lesser of row and other work, see `Plan.overlapped_rows`
-_MOST_COLUMNS = 2048
+_MOST_COLUMNS, _MOST_SUMS = 2048, 1 << 19
 # XLA brings operands into VMEM ahead of a kernel where it finds room, so that much of the ramp counts.
 _RAMP = 0.5
 
@@ -231,6 +231,8 @@ def _candidates(p: MatmulProblem, whole_k: bool) -> Iterator[Config]:
         for bm in _row_blocks(p.m):
             for bn in _column_blocks(p):
                 if strategy == "after" and bm > 64 and bn > 256 and p.n > 256:
+                    continue
+                if 1024 < bn < p.n and bm * bn > _MOST_SUMS:  # much to compile, and little to win
                     continue
                 for bk in (p.k,) if whole_k else _k_parts(p.k, math.lcm(LANES, *tiles)):
                     yield Config(bm, bn, bk, strategy)

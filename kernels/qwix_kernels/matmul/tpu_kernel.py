@@ -2,7 +2,8 @@
 
 The grid is (batch, M blocks, N blocks, K blocks), K innermost. In one step:
     1. on the first column block, the rows are rewritten into VMEM where the plan says so (dynamic
-       quantization, casts, dequantization) and stay there for all column blocks of the row block;
+       quantization, casts, dequantization) and stay there for all column blocks of the row block; as many as
+       `Plan.overlapped_rows` between the dots of step 3, beside which they cost next to nothing;
     2. the weights of the step are rewritten where the plan says so (scale before the dot, codebooks, K
        tails);
     3. partial dots run over the block's K, are corrected for zero points by row and column sums, scaled where
@@ -15,24 +16,50 @@ A gate is a second weight: steps 2 and 3 are done for either.
 Rows and columns past the operands hold whatever the DMA left there: they reach only outputs that are cut off.
 K past the operands would reach everything, so both sides are zeroed there.
 
-The ladder: static kilocycles for 1024 x 4096 x 4096, rows quantized inside the kernel where they are at all.
-`python -m bench.price --chip v6e --scheme w8a8 --m 1024 --k 4096 --n 4096` gives the last figure of a line.
+The ladder, prefill: static kilocycles for 1024 x 4096 x 4096, rows quantized inside the kernel where they are
+at all, and what binds. `python -m bench.price --chip v6e --scheme w8a8 --m 1024 --k 4096 --n 4096` gives the
+last figure of a line.
 
-    w8a8        v6e  44 in blocks of 1024 x 256 x K: 36 for the dots, 6 for the rows, once per row block
-                     (their ladder: tpu_rows.py); 42 in 1024 x 512, whose first fetch takes longer
-    w8a8_g128   v5e  262 + 34 before -> 224 after, 128 x 256: the lane broadcast of row scales binds the XLU
-                     -> 162 with row scales stored along the lanes, in register-sized parts of a block of rows
-    w8a8_g128   v6e  182 after (vector unit) -> 85 before: the bfloat16 unit is worth more than the int8 one
-                     (82 in 1024 x 512 x K, see above)
-    wf8af8      v6e  126 both sides cast to bfloat16 in VMEM -> 81 rows rounded by arithmetic (a cast
-                     there and back costs twice that), weights handed over as they are
-    w4a16_g128  v6e  M=16: 23 in blocks of 128 columns (half of the unit's width) -> 8.5 in blocks of 512
-    wnf4a16_g64 v6e  149 tree of selects on the bits of a code -> 95 gather along the lanes -> 79 permutation
-                     of sublanes (the ladder: tpu_codebook.py)
-    w4a16_g64   v6e  M=16, N=14336: 60 each tile scaled in float32 before the dot -> 33 (HBM needs 34) in
-                     bfloat16, before. v5e: 80 -> 58 (HBM time) after, two tiles as twice the rows of the lhs
-    long K      v6e  w8a8 1024 x 28672 x 8192: 780 with the sum of seven parts of K in VMEM against 582 (HBM
-                     time) with the whole K in one block, so parts are used only where the whole does not fit
+  w8a8        v6e  the matrix units need 32.8. Rows in front of the dots (their ladder: tpu_rows.py): 44.0 in
+                   1024 x 256, 42.0 in 1024 x 512 (6 for the rows) -> 40.7 half of the rows between the dots,
+                   39.9 all of them, 39.7 in 1024 x 1024 (rejected: that much code). Rejected: a loop over
+                   256 rows and their dots, 41.9; nothing overlaps across addresses that are not constants
+  w8a8        v7x  the matrix units need 65.5. Rows in front: 75.4 in 512 x 512, 74.3 in 512 x 1024 (7 for
+                   the rows) -> 71.9 a loop as above -> 67.0 between the dots, straight-line
+  w8a8        v7x  8192 x 1024, where rows are a third of the work and the matrix units need 32.8: 49.2 in
+                   front, 256 x 256 -> 37.5 between the dots of 256 x 512 (33.3 in 256 x 1024, whose first
+                   fetch takes longer; 35.7 in that by parts of 128 rows)
+  w8a8_g128   v5e  262 + 34 before -> 224 after, 128 x 256: the lane broadcast of row scales binds the XLU
+                   -> 162 with row scales stored along the lanes, in register-sized parts of a block of rows
+  w8a8_g128   v6e  182 after (vector unit) -> 85 before: the bfloat16 unit is worth more than the int8 one
+                   -> 82 in 512 x 1024 -> 76.5 rows between the dots (80.7 in 512 x 512); its peak is 65.5
+  w8a8_g128   v7x  before, rows between the dots: 68.8; the peak is 65.5
+  w4a16_g128  v5e  1024 x 1536 x 576, peak 13.8: 32.3 after, 256 x 128 -> 22.0 after, 512 x 128 -> 16.0
+                   before, 256 x 576 (five blocks of 128 are a ninth more than 576, the matrix units' 15.3)
+  wf8af8      v6e  126 both sides cast to bfloat16 in VMEM -> 81 rows rounded by arithmetic (a cast
+                   there and back costs twice that), weights handed over as they are
+  wnf4a16_g64 v6e  149 tree of selects on the bits of a code -> 95 gather along the lanes -> 79 permutation
+                   of sublanes (the ladder: tpu_codebook.py)
+  long K      v6e  w8a8 1024 x 28672 x 8192: 780 with the sum of seven parts of K in VMEM against 582 (HBM
+                   time) with the whole K in one block, so parts are used only where the whole does not fit
+
+The ladder, decode: static cycles for M x K x N with up to 64 rows, and what HBM needs.
+
+  w4a16_g128  v6e  16 x 4096 x 4096: 23k in blocks of 128 columns (half of the unit's width) -> 8.5k in 512
+  w4a16_g128  v7x  16 x 4096 x 4096, HBM 5.3k: 6.1k in 512 columns -> 5.1k in 1024, which have half as many
+                   steps of some 230 cycles that no weight fills
+  w4a16_g128  v7x  16 x 2048 x 1408, HBM 0.94k: 1688 in 512 -> 901 in one block. 16 x 1408 x 2048, HBM 0.95k:
+                   1412 in two blocks; the step's own 230 cycles and the loop's 200 bind, not a unit
+  w4a16_g128  v5p  16 x 4096 x 5376, HBM 7.4k: 9.8k in 21 blocks of 256 (one core has eleven) -> 7.7k in 6 of
+                   896. The vector unit binds (90 %): 2.4 operations to widen 1024 weights. Scaled in float32
+                   before the dot, 16 x 14336 x 4096 takes 38.7k instead of 20.3k
+  w4a16_g128  v5p  16 x 1536 x 576, HBM 0.33k: 998 in one block of 576, which is one core's -> 702 in two of
+                   384, a step each; before: 1.9 times the vector work, as above
+  w4a16_g128  v7x  64 x 4096 x 4096, HBM 5.8k: 10.6k after, 512 columns: a K tile of 128 fills half the depth
+                   of the matrix unit, which binds -> 9.5k before, 512 -> 9.0k before, 1024: handing over
+                   weights in bfloat16 takes 0.45 cycles per 1024, and binds
+  w4a16_g64   v6e  M=16, N=14336: 60k each tile scaled in float32 before the dot -> 33k (HBM needs 34k) in
+                   bfloat16, before. v5e: 80k -> 58k (HBM time) after, two tiles as twice the rows of the lhs
 
 XLA:CPU, which runs the interpreter's dots, multiplies neither int4 nor fp8: `emulate` widens dot operands to
 int32 and float32, and nothing else changes.
