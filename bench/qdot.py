@@ -26,7 +26,9 @@ from bench import qdot_rows
 _CHIPS = flags.DEFINE_list("chips", ["v5e"], "TPUs to give static prices for.")
 _SHAPES = flags.DEFINE_list("shapes", ["16x4096x4096", "1024x4096x4096"], "M x K x N, static or on a device.")
 _SCHEMES = flags.DEFINE_list("schemes", ["w8a8", "w4a16_g128"], "Schemes, static or on a device.")
-_CPU_SHAPES = flags.DEFINE_list("cpu_shapes", ["16x1024x1024", "256x1024x1024"], "M x K x N on the CPU.")
+_CPU_SHAPES = flags.DEFINE_list(
+    "cpu_shapes", ["16x1024x1024", "256x1024x1024", "512x1024x1024"], "M x K x N on the CPU."
+)
 _CPU_SCHEMES = flags.DEFINE_list(
     "cpu_schemes",
     [f"{scheme}{tile}" for scheme in ("w8a8", "w4a8", "w8a16", "w4a16") for tile in ("", "_g128")]
