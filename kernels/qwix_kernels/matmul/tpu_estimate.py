@@ -60,6 +60,7 @@ _TILE_SCALE, _EXCHANGE, _NORM = 7.0, 3.0, 11.0
 _ROW_PASS_US, _ROW_PASS = 3.2, 4.4
 _ACTIVATION = {None: 0.0, "relu": 1.0, "relu6": 2.0, "silu": 8.0, "gelu_tanh": 12.0, "gelu": 30.0}
 _NOT_HIDDEN = 0.4  # of the lesser of matrix and vector work
+_NOT_HIDDEN_WEIGHTS = 0.15  # of the lesser of matrix work and that on the weights
 _NOT_HIDDEN_SUMS = 0.1  # where running sums stay in registers, see `Plan.sub_m`, or there are few
 _RUNNING_SUM = 4.0  # cycles per 1024 elements
 _STEP_CYCLES = {128: 180, 256: 230}  # of a grid step, whatever its blocks, by columns of the matrix unit
@@ -297,13 +298,17 @@ def _step_cycles(plan: Plan, chip: Chip) -> float:
     weights = pl_cdiv(plan.block_n, chip.mxu) * chip.mxu * plan.block_k
     push = _PUSH[chip.mxu][_pushes_bytes(plan, chip)] * weights / 1024
     matrix = max(2 * macs * plan.stack * depth / (rate * 1e12) * chip.ghz * 1e9, push)
-    vector = _weight_ops(plan, chip) + _partial_ops(plan)
+    weights_ops, partial_ops = _weight_ops(plan, chip), _partial_ops(plan)
+    vector = weights_ops + partial_ops
     # A running sum in VMEM is read, added to and written by nothing that the matrix unit hides.
     sums = _RUNNING_SUM * plan.block_m * _lanes(plan.block_n) / 1024 if plan.steps_k > 1 else 0
     apart = _NOT_HIDDEN_SUMS if plan.sub_m < plan.block_m or plan.block_m <= 32 else _NOT_HIDDEN
-    # What the compiler does to weights on their way into the matrix unit, it does beside the dots.
-    exposed = vector if plan.prepare_rhs else _partial_ops(plan)
-    return max(matrix, vector / 4) + apart * min(matrix, exposed / 4) + sums
+    exposed = apart * min(matrix, partial_ops / 4)
+    if (
+        plan.prepare_rhs
+    ):  # what the compiler does to weights on their way into the unit, it does beside the dots
+        exposed += _NOT_HIDDEN_WEIGHTS * min(matrix, weights_ops / 4)
+    return max(matrix, vector / 4) + exposed + sums
 
 
 def _idle(plan: Plan, chip: Chip) -> float:

@@ -35,7 +35,8 @@ last figure of a line.
                    -> 82 in 512 x 1024 -> 76.5 rows between the dots (80.7 in 512 x 512); its peak is 65.5
   w8a8_g128   v7x  before, rows between the dots: 68.8; the peak is 65.5
   w4a16_g128  v5e  1024 x 1536 x 576, peak 13.8: 32.3 after, 256 x 128 -> 22.0 after, 512 x 128 -> 16.0
-                   before, 256 x 576 (five blocks of 128 are a ninth more than 576, the matrix units' 15.3)
+                   before, 256 x 576 (five blocks of 128 are a ninth more than 576, the matrix units' 15.3).
+                   1024 x 2048 x 1408, peak 45.0: 56.2 after, 512 x 128 -> 45.2 before, 256 x 1408
   wf8af8      v6e  126 both sides cast to bfloat16 in VMEM -> 81 rows rounded by arithmetic (a cast
                    there and back costs twice that), weights handed over as they are
   wnf4a16_g64 v6e  149 tree of selects on the bits of a code -> 95 gather along the lanes -> 79 permutation
@@ -49,7 +50,7 @@ The ladder, decode: static cycles for M x K x N with up to 64 rows, and what HBM
   w4a16_g128  v7x  16 x 4096 x 4096, HBM 5.3k: 6.1k in 512 columns -> 5.1k in 1024, which have half as many
                    steps of some 230 cycles that no weight fills
   w4a16_g128  v7x  16 x 2048 x 1408, HBM 0.94k: 1688 in 512 -> 901 in one block. 16 x 1408 x 2048, HBM 0.95k:
-                   1412 in two blocks; the step's own 230 cycles and the loop's 200 bind, not a unit
+                   1412 in two -> 899 in one; a step's own 230 cycles and the loop's 200 bind, not a unit
   w4a16_g128  v5p  16 x 4096 x 5376, HBM 7.4k: 9.8k in 21 blocks of 256 (one core has eleven) -> 7.7k in 6 of
                    896. The vector unit binds (90 %): 2.4 operations to widen 1024 weights. Scaled in float32
                    before the dot, 16 x 14336 x 4096 takes 38.7k instead of 20.3k
