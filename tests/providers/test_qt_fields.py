@@ -156,6 +156,34 @@ def test_fields_do_what_the_op_does_with_them(op):
         assert name == "base" or any((a != b).any() for a, b in zip(got, base, strict=True)), name
 
 
+@pytest.mark.large
+@pytest.mark.parametrize("op", OPS)
+def test_fields_of_static_ranges_reach_every_op(op):
+    """By the average that two steps leave, and by whether the second step uses it."""
+    plain, _, x, w = OPS[op]
+    whole, by_row = abs(x).max(), abs(x).max(tuple(range(1, x.ndim))).mean()
+    shared = qwix.QtRule(**FULL, act_calibration_method=f"fixed,{3 * whole}")
+    fixed = qwix.quantize_model(Model(plain, w), qwix.QtProvider(shared))(
+        3 * x
+    )  # the second step's own range
+    for fields, average, is_own in (
+        ({}, 2 * by_row, False),
+        ({"act_batch_axes": ()}, 2 * whole, False),
+        ({"act_averaging": "ema,0.5"}, (by_row + 2 * 3 * by_row) / 3, False),
+        ({"act_batch_axes": (), "act_bootstrap_steps": 2}, 2 * whole, True),
+    ):
+        model = qwix.quantize_model(
+            Model(plain, w), qwix.QtProvider(qwix.QtRule(**FULL, act_static_scale=True, **fields))
+        )
+        model(x)
+        out = model(3 * x)
+        stat = getattr(model, f"{op}0_lhs").get_value()
+        got = stat["sum_of_absmax"].ravel()[0] / stat["count"]
+        assert abs(got - average) <= 1e-6 * average, fields
+        close = abs(out - fixed).max() <= 1e-5 * abs(fixed).max()
+        assert bool(close) == is_own, fields
+
+
 @pytest.mark.parametrize("method", ["uniform", "low_bit_uniform"])
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_are_rounded_at_random(op, method):
