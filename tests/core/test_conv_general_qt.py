@@ -136,7 +136,8 @@ def _by_hand(x, w, groups):
     return result
 
 
-@pytest.mark.parametrize("grad", [pytest.param(None, marks=pytest.mark.large), "int8"])
+@pytest.mark.large
+@pytest.mark.parametrize("grad", [None, "int8"])
 def test_gradients_with_batch_groups_against_float64(grad, normal):
     """<dw, v> is <g, conv(x, v)> in any direction v, up to half a step of g in each term; the same for dx."""
     x, w, g = normal(11, 4, 5, 4, 3), normal(12, 3, 2, 3, 6), normal(13, 2, 5, 4, 6)

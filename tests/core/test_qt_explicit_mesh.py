@@ -65,6 +65,7 @@ def test_a_dot_and_its_gradients_are_laid_out_as_their_operands(config, lhs, rhs
     _check(dot, normal(0, 8, 4, 32), normal(1, 32, 16), mesh, lhs, rhs, out)
 
 
+@pytest.mark.large
 def test_a_convolution_and_its_gradients_are_laid_out_as_their_operands(mesh, normal):
     config = ConvGeneralQtConfig(**INT8)
     conv = lambda x, w, out: conv_general_qt(x, w, config, **WIDE, out_sharding=out)

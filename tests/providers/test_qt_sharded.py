@@ -37,7 +37,7 @@ def placed(mesh, x, *axes):
     return jax.device_put(x, NamedSharding(mesh, P(*axes)))
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ["training", pytest.param("inference", marks=pytest.mark.large)])
 def test_an_einsum_is_quantized_and_laid_out_as_it_says(name, mesh):
     """The batch is cut along `data`, the weight along both, and the result's axes are in another order."""
     out = P("data", "model", None)
@@ -55,6 +55,7 @@ def test_an_einsum_is_quantized_and_laid_out_as_it_says(name, mesh):
     assert all(row.reason is None for row in qwix.report(model).rows)
 
 
+@pytest.mark.large
 def test_statistics_of_a_batch_on_an_explicit_mesh_are_those_of_the_whole(mesh):
     rule = qwix.QtRule(**INT8, bwd_qtype="int8", act_static_scale=True)
     x = X.reshape(32, 32)

@@ -126,7 +126,8 @@ class Block(nnx.Module):
         return x + self.linear(x)
 
 
-@pytest.mark.parametrize("how", ["vmap", pytest.param("another axis", marks=pytest.mark.large)])
+@pytest.mark.large
+@pytest.mark.parametrize("how", ["vmap", "another axis"])
 def test_layers_without_a_place_for_statistics_are_named_and_have_dynamic_ranges(how):
     class Stack(nnx.Module):
         def __init__(self):
