@@ -28,8 +28,8 @@ VMEM_SHARE = 0.75  # the compiler's own temporaries live in the rest
 SUB_M = 128
 LONG_K = 8192  # beyond it, blocks of rows are what VMEM is full of
 OVERLAP = 1 << 21  # elements of rows
-# With more columns the rows are a small part of the work, and straight-line code is five times as long to
-# compile: v6e w8a8 1024 x 4096 x 4096 23.3 us in 14 s of compiling, or 24.0 us in 2.4 s. v7x gains 11 % there.
+# With more columns the rows are a small part of the work, and straight-line code takes five times as long to
+# compile: v6e w8a8 1024 x 4096 x 4096 is 23.3 us after 14 s of it, or 24.0 after 2.4 s. v7x gains 11 % there.
 OVERLAP_COLUMNS, OVERLAP_COLUMNS_SLOW_INT8 = 2560, 4096
 # |q| <= 128 makes every product at most 2^14, and float32 counts exactly up to 2^24.
 EXACT_BITS = 24
