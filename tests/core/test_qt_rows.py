@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from qwix_kernels.problem import RowQuantize
 
-from qwix._src.core import qarray, stochastic_rounding
+from qwix._src.core import qarray, qt_vjp, stochastic_rounding
 from qwix._src.core.dot_general import dot_general
 from qwix._src.core.dot_general_qt import DotGeneralQtConfig, dot_general_qt
 
@@ -52,12 +52,36 @@ def gradient(noise=None):
 
 
 def test_scales_and_noise_go_into_the_matmul():
-    """No product of the gradient with the weight's scales is made outside."""
+    """No product of the gradient with the weight's scales is made outside, where only one matmul needs it."""
+    x, w, g = operands()
     key = jax.random.key(0)
     for noise in (None, stochastic_rounding.get_noise_fn("uniform", key)):
-        f, args = gradient(noise)
-        (rows,) = [r for r in rows_of(f, *args) if r is not None]
-        assert rows.columns and rows.noise == (noise is not None)
+        f = lambda x, noise=noise: jax.vjp(lambda x: dot_general_qt(x, w, DENSE, config(noise)), x)[1](g)
+        (rows,) = [r for r in rows_of(f, x) if r is not None and r.columns]
+        assert rows.noise == (noise is not None)
+    f, args = gradient(stochastic_rounding.get_noise_fn("uniform", key))
+    (rows,) = [r for r in rows_of(f, *args) if r is not None]
+    assert rows.columns and rows.noise
+
+
+def test_a_gradient_that_both_matmuls_quantize_comes_to_them_quantized():
+    """Then one pass over it serves both. The result is bit-equal to that of rows quantized on the way."""
+    f, (x, w) = gradient()
+    assert all(r is None for r in rows_of(f, x, w))
+    _, _, g = operands()
+    on_the_way = lambda x: jax.vjp(lambda x: dot_general_qt(x, w, DENSE, config()), x)[1](g)[0]
+    np.testing.assert_array_equal(jax.jit(f)(x, w)[0], jax.jit(on_the_way)(x))
+
+
+def test_values_are_widened_beside_what_scales_them():
+    """The conversion to float32 follows a choice by the scale, which keeps XLA from moving float32."""
+    x = jnp.array([[1.5, -2.0], [jnp.inf, 0.0]], jnp.bfloat16)
+    scale = jnp.array([[2.0], [jnp.nan]], jnp.float32)
+    eqns = [e.primitive.name for e in jax.make_jaxpr(qt_vjp.widened)(x, scale).eqns]
+    got = qt_vjp.widened(x, scale)
+    assert got.dtype == jnp.float32 and eqns[-1] == "convert_element_type" and len(eqns) > 1
+    np.testing.assert_array_equal(got, [[1.5, -2.0], [np.nan, np.nan]])
+    assert qt_vjp.widened(got, scale) is got
 
 
 def test_noise_along_the_sum_stays_outside():

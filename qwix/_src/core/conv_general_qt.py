@@ -179,6 +179,9 @@ class _Dlhs:
         features = self.op.numbers.out_spec[1]
         return scale_gradient(g, scale.reshape([scale.size if a == features else 1 for a in range(g.ndim)]))
 
+    def in_rows(self, g: jax.Array, other: Any, how: HowToQuantize) -> None:
+        return None
+
     def __call__(
         self, g: Any, other: Any, extra: None, dtype: np.dtype, act_how: HowToQuantize | None
     ) -> jax.Array:
@@ -234,6 +237,9 @@ class _Drhs:
         scale = scale.T if image < feature else scale
         sizes = dict(zip(sorted((image, feature)), scale.shape, strict=True))
         return scale_gradient(g, scale.reshape([sizes.get(a, 1) for a in range(g.ndim)]))
+
+    def in_rows(self, g: jax.Array, other: Any, how: HowToQuantize) -> None:
+        return None
 
     def __call__(
         self, g: Any, other: Any, extra: None, dtype: np.dtype, act_how: HowToQuantize | None

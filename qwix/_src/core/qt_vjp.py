@@ -17,6 +17,14 @@ names `RESIDUAL_NAMES` for `jax.checkpoint_policies.save_only_these_names`.
 
 Calibration happens outside of the custom derivative: a hook that writes statistics must run in the trace that
 owns them.
+
+What is quantized here is written so that XLA passes over it as rarely as it can: on a TPU, those passes are
+what quantized training loses of what its matmuls gain.
+- An operand that the backward pass needs as well is quantized once: a barrier keeps XLA from computing it
+  again for each of its users.
+- A gradient that is quantized for both products is quantized along rows for one and along columns for the
+  other where it is made, from one read. Only a gradient that one product needs is left to its matmul.
+- Values are converted to float32 where they are scaled and not before (`widened`).
 """
 
 from __future__ import annotations
@@ -64,6 +72,10 @@ class Gradient(Protocol):
 
     def scaled(self, g: jax.Array, scale: jax.Array, extra: Any) -> jax.Array:
         """g times a scale of the other operand, which varies along movable axes only."""
+        ...
+
+    def in_rows(self, g: Any, other: Any, how: HowToQuantize) -> QArray | None:
+        """What the op makes of a float g on the way, before it; None where it makes something else of it."""
         ...
 
     def __call__(
@@ -236,16 +248,36 @@ def _quantized(
     return result, act_how
 
 
-def quantize_as_kernels_do(x: jax.Array, how: HowToQuantize) -> QArray:
+def quantize_as_kernels_do(x: jax.Array, how: HowToQuantize, columns: jax.Array | None = None) -> QArray:
     """`how` by the arithmetic of `qwix_kernels.problem.RowQuantize`, so that it makes no difference to the
     result whether a kernel quantizes rows on the way or finds them quantized. The scale is float32.
+
+    x is multiplied by `columns` before, an array of its rank that is generically broadcast.
     """
-    x = x.astype(jnp.float32)
+    if columns is not None:
+        x = _times(widened(x, columns), columns.astype(jnp.float32))
     reciprocal = np.float32(1) / np.float32(numerics.get_symmetric_bound(how.qtype))
-    scale = qarray.calibrate(x, how)["absmax"] * reciprocal
+    scale = qarray.calibrate(x, how)["absmax"].astype(jnp.float32) * reciprocal
     scale = jnp.where(scale < np.sqrt(np.finfo(np.float32).tiny), np.float32(1), scale)
-    scaled = layout.call_with_generic_broadcast(jnp.multiply, x, 1 / scale)
+    scaled = _times(widened(x, scale), 1 / scale)
     return QArray(numerics.convert_to(scaled, how.qtype), scale, None, how.qtype)
+
+
+def widened(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x in float32 at least, to be multiplied by `scale`; float64 stays.
+
+    Where x is a transpose, XLA for TPUs converts first and moves twice or four times the bytes, unless what
+    follows depends on a second array. So NaN is chosen where the scale is NaN and the product will be.
+    """
+    wide = numerics.compute_dtype(x.dtype)
+    if wide == x.dtype:
+        return x
+    chosen = lambda x, scale: jnp.where(jnp.isnan(scale), jnp.asarray(jnp.nan, x.dtype), x)
+    return layout.call_with_generic_broadcast(chosen, x, scale).astype(wide)
+
+
+def _times(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return layout.call_with_generic_broadcast(jnp.multiply, x, scale)
 
 
 def _forward(call: _Call, *args: Any) -> tuple[jax.Array, Any]:
@@ -259,7 +291,8 @@ def _forward(call: _Call, *args: Any) -> tuple[jax.Array, Any]:
     operands, act_how = _quantized(call, lhs, rhs, calibrations, keep_lhs=keeps and needed["rhs"])
     for side in _SIDES:
         if keeps and needed[_other(side)] and isinstance(operands[side], QArray):
-            operands[side] = checkpoint_name(operands[side], RESIDUAL_NAMES[side])
+            once = jax.lax.optimization_barrier(operands[side])
+            operands[side] = checkpoint_name(once, RESIDUAL_NAMES[side])
     out = call.op(operands["lhs"], operands["rhs"], extra, call.dtype, act_how)
     floats = {"lhs": lhs, "rhs": rhs}
     saved = {
@@ -312,8 +345,7 @@ def _sums_whole_numbers(gradient: Gradient, x: QArray) -> bool:
 
 def scale_gradient(g: jax.Array, scale: jax.Array) -> jax.Array:
     """g * scale, generically broadcast. Computed in float32 at least; float16, of short range, stays that."""
-    wide = numerics.compute_dtype(g.dtype)
-    out = layout.call_with_generic_broadcast(jnp.multiply, g.astype(wide), scale.astype(wide))
+    out = _times(widened(g, scale), scale.astype(numerics.compute_dtype(g.dtype)))
     return out if g.dtype == jnp.float16 else out.astype(g.dtype)
 
 
@@ -349,8 +381,12 @@ def _gradients(call: _Call, saved: Any, noises: Any, extra: Any, g: jax.Array) -
         if side not in products:
             continue
         p = products[side]
-        how = None if p.how is None or rounded is not None else _with_noise(p, noises)
-        result[side] = p.gradient(p.g if rounded is None else rounded, p.other, extra, dtype, how)
+        g, how = (p.g, p.how) if rounded is None else (rounded, None)
+        if how is not None and p.noise is None and all(q.how is not None for q in products.values()):
+            rows = p.gradient.in_rows(g, p.other, how) if len(products) == 2 else None
+            g, how = (g, how) if rows is None else (rows, None)
+        how = None if how is None else _with_noise(p, noises)
+        result[side] = p.gradient(g, p.other, extra, dtype, how)
     return result
 
 

@@ -122,6 +122,9 @@ class _Dlhs:
             scale = jnp.take(scale, ragged_dot.group_of_rows(g.shape[0], sizes) - first, axis=0, mode="clip")
         return scale_gradient(g, scale)
 
+    def in_rows(self, g: jax.Array, other: Any, how: HowToQuantize) -> None:
+        return None
+
     def __call__(
         self, g: Any, other: Any, extra: _Groups, dtype: np.dtype, act_how: HowToQuantize | None
     ) -> jax.Array:
@@ -143,6 +146,9 @@ class _Drhs:
 
     def scaled(self, g: jax.Array, scale: jax.Array, extra: _Groups) -> jax.Array:
         return scale_gradient(g, scale)
+
+    def in_rows(self, g: jax.Array, other: Any, how: HowToQuantize) -> None:
+        return None
 
     def __call__(
         self, g: Any, other: Any, extra: _Groups, dtype: np.dtype, act_how: HowToQuantize | None
