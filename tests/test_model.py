@@ -413,7 +413,7 @@ def test_gradients_flow_through_the_input():
         (
             lambda: qwix.quantize_model(Block(nnx.Rngs(0)), [{}], X),
             TypeError,
-            "must be QuantizationRule.*dict",
+            r"takes a QuantizationRule or a sequence of them, got \{\} in \[\{\}\]",
         ),
         (
             lambda: qwix.quantize_model(Stacked(nnx.Rngs(0), "scan"), tiled(3), X),

@@ -1,4 +1,4 @@
-"""Quantization-aware training of SmolLM2 with 4-bit weights: python -m examples.smollm2.finetune
+"""Quantization-aware training of SmolLM2 with 4-bit weights.
 
 Trains on Python's own documentation, all but its first 4096 tokens, which are what perplexity is measured on.
 Every linear weight is rounded to int4 in tiles of 64 in the forward pass and updated in float32; embedding
@@ -9,33 +9,19 @@ python -m examples.smollm2.finetune --json FILE --check      # about a quarter o
 """
 
 import dataclasses
-import json
-import pathlib
 import resource
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
 from flax import nnx
-from rich.console import Console
 from tqdm import tqdm
 
 import qwix
 from examples.smollm2 import evaluate, load, schemes
 from examples.smollm2.model import SmolLM2
-
-_JSON = flags.DEFINE_string("json", None, "File for the numbers.")
-_CHECK = flags.DEFINE_bool("check", False, "Exit with 1, saying what fell short, unless all limits are met.")
-_STEPS = flags.DEFINE_integer(
-    "steps", 200, "Training steps, each on one window of 256 tokens.", lower_bound=1
-)
-_LEARNING_RATE = flags.DEFINE_float(
-    "learning_rate", 5e-5, "Of Adam, after a tenth of the steps; it falls to 0."
-)
 
 RULE = {"weight_qtype": "int4", "tile_size": 64}
 # Perplexity of the held-out tokens over that of the float model (19.40): plain rounding gives 1.56, and
@@ -131,22 +117,3 @@ def run(steps: int, learning_rate: float) -> Result:
         seconds=time.perf_counter() - start,
         peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     )
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}. Everything is a flag; see --help.")
-    result = run(_STEPS.value, _LEARNING_RATE.value)
-    Console().print(
-        f"perplexity of the first 4096 tokens: {result.plain:.3f} in float, {result.before:.3f} in int4, "
-        f"{result.after:.3f} after {_STEPS.value} steps, {result.served:.3f} served; {result.seconds:.0f} s, "
-        f"peak memory {result.peak_gb:.2f} GB"
-    )
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-    if _CHECK.value and (found := result.shortfalls()):
-        sys.exit("Fell short:\n" + "\n".join(f"  {line}" for line in found))
-
-
-if __name__ == "__main__":
-    app.run(main)
