@@ -182,8 +182,8 @@ def lower_for(chip: str, fn: Callable, *args: Any, row_major: bool = False) -> A
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         results = jax.tree.map(rows, jax.eval_shape(fn, *args)) if row_major else None
-        args = [jax.tree.map(lambda a, i=i: placed(i, a), arg) for i, arg in enumerate(args)]
-        return jax.jit(fn, out_shardings=results).lower(*args)
+        operands = [jax.tree.map(lambda a, i=i: placed(i, a), arg) for i, arg in enumerate(args)]
+        return jax.jit(fn, out_shardings=results).lower(*operands)
 
 
 def price(

@@ -309,9 +309,9 @@ def _lower(ctx, *args, problem: MatmulProblem, how: How, platform: str | None):
     device = devices[0] if devices else getattr(mesh, "abstract_device", None)
     # Platforms without a rule of their own share one lowering; all implementations they may get are portable.
     names = (platform,) if platform else tuple(ctx.platforms or ctx.module_context.platforms)
-    for name in names:
-        chip = chips.chip_for_lowering(name, device)
-        impl, config = _decide(problem, how, chip, getattr(axis_context, "num_devices", 1))
+    targets = [chips.chip_for_lowering(name, device) for name in names]
+    decided = [_decide(problem, how, chip, getattr(axis_context, "num_devices", 1)) for chip in targets]
+    chip, (impl, config) = targets[-1], decided[-1]
     options: dict[str, Any] = {"config": config, "chip": chip}
     if impl.name == "xla":
         # Inside shard_map there is no number of devices.

@@ -200,8 +200,9 @@ class Side:
         """Some rows of a lhs whose scales are by row, or shared by all."""
 
         def at(a: jax.Array | None) -> jax.Array | None:
-            shared = a is None or a.shape[1] == 1
-            return a if shared else jax.lax.dynamic_slice_in_dim(a, start, length, 1)
+            if a is None or a.shape[1] == 1:  # shared by all rows
+                return a
+            return jax.lax.dynamic_slice_in_dim(a, start, length, 1)
 
         t = self.tensor
         return self.with_arrays(at(t.values), at(t.scale), at(t.zero_point))

@@ -381,12 +381,16 @@ def _gradients(call: _Call, saved: Any, noises: Any, extra: Any, g: jax.Array) -
         if side not in products:
             continue
         p = products[side]
-        g, how = (p.g, p.how) if rounded is None else (rounded, None)
+        incoming: Operand = p.g
+        how = p.how
+        if rounded is not None:
+            incoming, how = rounded, None
         if how is not None and p.noise is None and all(q.how is not None for q in products.values()):
-            rows = p.gradient.in_rows(g, p.other, how) if len(products) == 2 else None
-            g, how = (g, how) if rows is None else (rows, None)
+            rows = p.gradient.in_rows(p.g, p.other, how) if len(products) == 2 else None
+            if rows is not None:
+                incoming, how = rows, None
         how = None if how is None else _with_noise(p, noises)
-        result[side] = p.gradient(g, p.other, extra, dtype, how)
+        result[side] = p.gradient(incoming, p.other, extra, dtype, how)
     return result
 
 
