@@ -295,16 +295,17 @@ def test_a_search_ends_and_its_entry_is_the_least(chip, scheme, m, k, n, seed):
             assert Config(**config) == search.best and us(search.best) < us(search.heuristic)
 
 
-def packaged_tables():
-    return sorted((pathlib.Path(tuning.__file__).parent / "tuning_tables").glob("*.json"))
-
-
-@pytest.mark.parametrize("path", packaged_tables(), ids=lambda path: path.stem)
-def test_the_packaged_tables_hold_what_they_should(path):
-    """Every entry is of the problem it names, and its blocks fit the kernel as it is now."""
-    spec = chips.CHIPS[path.stem]
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "v7x"])
+def test_the_packaged_table_holds_what_it_should(chip):
+    """Every entry is of the problem it names, and its blocks fit the kernel; a chip may have no table."""
+    spec = chips.CHIPS[chip]
+    path = pathlib.Path(tuning.__file__).parent / "tuning_tables" / f"{chip}.json"
+    if not path.exists():
+        some = problems.problem(shapes.scheme("w8a8"), 1024, 4096, 4096)
+        assert dispatch.explain(some, spec).config_source == "heuristic"
+        return
     assert set(tuning_files.load(path)) == {tune_search.IMPLEMENTATION}
-    for entry in tune_verify.entries(path.stem, path):
+    for entry in tune_verify.entries(chip, path):
         if entry.tuned:
             parsed = tuning_files.parse_key(entry.key)
             sizes = (parsed.m, parsed.k, parsed.n, parsed.batch)
