@@ -127,7 +127,8 @@ def _targets(answers: Answers, chips: Sequence[str]):
     def said(chip: str, target: str) -> str:
         mine = [miss for miss in found if (miss.chip, miss.target) == (chip, target)]
         if not mine:
-            return "met"
+            its = [a for a in answers if a["chip"] == chip]
+            return "met" if targets.is_held_to(target, its) else "not priced"
         worst = max(miss.excess for miss in mine)
         return f"{len(mine)} ({worst:.2f}x)" if target != "price" else str(len(mine))
 

@@ -83,6 +83,17 @@ def misses(answers: Sequence[dict[str, Any]]) -> list[Miss]:
     return found
 
 
+def is_held_to(target: str, answers: Sequence[dict[str, Any]]) -> bool:
+    """Whether one chip's answers have what `target` compares: without that, no miss says nothing."""
+    priced = [a for a in answers if "error" not in a]
+    if target in ("reference", "speedup"):
+        return any(reference_kcycles(a) and (target == "reference" or _is_sub_channel(a)) for a in priced)
+    if target == "dynamic":
+        schemes = {a["scheme"] for a in priced}
+        return any(f"{name}_static" in schemes for name in schemes)
+    return bool(answers)
+
+
 def _of_one(a: dict[str, Any]) -> Iterator[Miss]:
     if "error" in a:
         yield _miss(a, "price", math.inf, a["error"])

@@ -42,6 +42,22 @@ def test_what_holds():
 
 
 @pytest.mark.parametrize(
+    ("answers", "held"),
+    [
+        ([answer()], {"floor", "reference"}),
+        ([answer(n=64)], {"floor"}),
+        ([answer(scheme="w8a8_g128")], {"floor", "reference", "speedup"}),
+        ([answer(n=64), answer(n=64, scheme="w8a8_static")], {"floor", "dynamic"}),
+        ([{"chip": "v5e", "error": "lost"}], {"floor"}),
+        ([], set()),
+    ],
+)
+def test_a_target_that_nothing_is_held_to_is_not_met(answers, held):
+    asked = ("floor", "reference", "speedup", "dynamic")
+    assert {target for target in asked if targets.is_held_to(target, answers)} == held
+
+
+@pytest.mark.parametrize(
     ("changed", "expected"),
     [
         (answer(ratio_to_best_floor=1.5), {("floor", "prefill"): 1.2, ("geomean", "prefill"): 1.5 / 1.15}),
