@@ -15,7 +15,7 @@ import re
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
 _OPCODE = re.compile(r"\s*([a-z][\w-]*)\(")
-_ARRAY = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](?:\{([^}]*)\})?")
+ARRAY = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](?:\{([^}]*)\})?")
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _BODY = re.compile(r"(?:body|to_apply)=%?([\w.-]+)")
@@ -120,10 +120,10 @@ def _op(line: _Line, types: dict[str, str], times: int) -> Op:
 
 def _overlap(line: _Line, lines: list[_Line], scheduled: dict[str, Op], result: list[Op], times: int) -> None:
     """Charges an asynchronous copy to the op that it feeds, else to the one whose result it carries away."""
-    arrays = _ARRAY.findall(line.type)[:2]  # destination and source
+    arrays = ARRAY.findall(line.type)[:2]  # destination and source
     if not arrays:
         return
-    moved = _array_bytes(*arrays[0][:2]) * sum("S(" not in layout for *_, layout in arrays)
+    moved = array_bytes(*arrays[0][:2]) * sum("S(" not in layout for *_, layout in arrays)
     passed_on = {line.name}
     for other in lines:
         if passed_on & set(other.operands):
@@ -139,10 +139,10 @@ def _overlap(line: _Line, lines: list[_Line], scheduled: dict[str, Op], result: 
 
 
 def _hbm_bytes(type_: str) -> int:
-    return sum(_array_bytes(d, dims) for d, dims, layout in _ARRAY.findall(type_) if "S(" not in layout)
+    return sum(array_bytes(d, dims) for d, dims, layout in ARRAY.findall(type_) if "S(" not in layout)
 
 
-def _array_bytes(dtype: str, dims: str) -> int:
+def array_bytes(dtype: str, dims: str) -> int:
     return math.prod(int(d) for d in dims.split(",") if d) * _bits(dtype) // 8
 
 

@@ -57,6 +57,8 @@ _CACHE = flags.DEFINE_string(
     default_folder(),
     "Folder of the answers so far, which an interrupted run goes on from; '': none.",
 )
+# What a suite fixes.
+_FIXED = ("m", "k", "n", "batch", "model", "implementation", "config")
 
 
 def _cells() -> tuple[list[Cell], tuple[str, ...]]:
@@ -86,11 +88,15 @@ def _cells() -> tuple[list[Cell], tuple[str, ...]]:
     return cells, ()
 
 
-def _suite_cells(name: str) -> tuple[list[Cell], tuple[str, ...]]:
-    taken = ("m", "k", "n", "model", "implementation", "config")
-    given = [flag for flag in taken if flags.FLAGS[flag].present]
+def _refuse(name: str, fixed: Sequence[str]) -> None:
+    """Raises for flags that say what the suite called `name` says itself."""
+    given = [flag for flag in fixed if flags.FLAGS[flag].present]
     if given:
         raise ValueError(f"--suite {name} has cells of its own; leave out --{', --'.join(given)}.")
+
+
+def _suite_cells(name: str) -> tuple[list[Cell], tuple[str, ...]]:
+    _refuse(name, _FIXED)
     suite = suites.suite(name, _CHIP.value or tuple(tpu_compile.TOPOLOGY), baselines=_BASELINES.value)
     wanted = [shapes.scheme(scheme).name for scheme in _SCHEME.value or ()]
     return [cell for cell in suite.cells if not wanted or cell.scheme in wanted], suite.skipped
@@ -159,10 +165,13 @@ def main(argv: Sequence[str]) -> None:
 
 def _train() -> None:
     """Prices the training step instead of cells, and holds it to its target."""
+    chips = _CHIP.value or tuple(train.FORMAT_OF)
     try:
-        rows = train.price(
-            _CHIP.value or tuple(train.FORMAT_OF), jobs=_JOBS.value, cache=_CACHE.value or None
-        )
+        _refuse("train", (*_FIXED, "scheme", "baselines"))
+        if _PLAN.value:
+            print(train.plan(chips))
+            return
+        rows = train.price(chips, jobs=_JOBS.value, cache=_CACHE.value or None)
     except ValueError as error:
         raise app.UsageError(str(error)) from None
     text = json.dumps([row.as_json() for row in rows], indent=1)

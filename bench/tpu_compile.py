@@ -43,7 +43,7 @@ _DELAY_SLOTS = {"v7x": 6}
 _MXUS = {128: 4, 256: 2}  # per core, by the columns of one
 _FILES = re.compile(r"^\d+-(.*)-\d+-final_bundles\.txt$")
 _DUMP_FLAGS = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=^final"
-_LOCATIONS = re.compile(r"\\22debug_locations\\22: \\22[^\\]*\\22")
+LOCATIONS = re.compile(r"\\22debug_locations\\22: \\22[^\\]*\\22")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +213,7 @@ def price(
     if dump is not None:
         clear(dump)
     text = lowered.compile().as_text()
-    parsed = _kernels(dump) if dump is not None else {}
+    parsed = dumped(dump) if dump is not None else {}
     cost = ProgramCost(chip, tuple(_op_cost(spec, op, parsed) for op in hlo.ops(text)))
     if cache:
         cache.put(key, [dataclasses.asdict(op) for op in cost.ops])
@@ -226,7 +226,7 @@ def _key(chip: Chip, program: str) -> str:
     here = pathlib.Path(__file__).parent
     reader = digest_of_files(here / f"{name}.py" for name in ("bundles", "hlo", "replay", "tpu_compile"))
     given = re.sub(r"\S*xla_jf_dump_\S*", "", os.environ.get("LIBTPU_INIT_ARGS", "")).strip()
-    parts = (repr(chip), *versions, reader, given, _LOCATIONS.sub("", program))
+    parts = (repr(chip), *versions, reader, given, LOCATIONS.sub("", program))
     return "program " + hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -236,7 +236,7 @@ def clear(dump: str) -> None:
     os.makedirs(dump)
 
 
-def _kernels(dump: str) -> dict[str, str]:
+def dumped(dump: str) -> dict[str, str]:
     """Stem of the dump files by op."""
     found = {}
     for path in glob.glob(os.path.join(glob.escape(dump), "*final_bundles.txt")):

@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import tqdm
+
 from bench import child
 from bench.cells import check_chips
 
@@ -125,13 +127,32 @@ def price(chips: Sequence[str], *, jobs: int = 1, cache: str | None = None) -> l
 
     Raises ValueError for a chip that is not known, RuntimeError where the compiler fails.
     """
-    check_chips(chips)
-    # The bfloat16 programs first: XLA takes several minutes to choose blocks for their matmuls.
-    wanted = [(chip, "bf16") for chip in chips] + [(chip, FORMAT_OF[chip]) for chip in chips]
+    wanted = _programs(chips)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        answers = dict(zip(wanted, pool.map(lambda w: _compiled(w[0], w[1], cache), wanted), strict=True))
+        found = pool.map(lambda w: _compiled(w[0], w[1], cache), wanted)
+        bar = tqdm.tqdm(found, "training step", len(wanted), unit="program")
+        answers = dict(zip(wanted, bar, strict=True))
     step = lambda chip, program: step_of(program, answers[chip, program], weight_shapes())
     return [Comparison(chip, step(chip, "bf16"), step(chip, FORMAT_OF[chip])) for chip in chips]
+
+
+def plan(chips: Sequence[str]) -> str:
+    """What `price` would compile, in words. Raises ValueError for a chip that is not known.
+
+    >>> print(plan(["v6e"]))
+    v6e bf16
+    v6e int8
+    2 programs, each several minutes of compiling unless it was priced before
+    """
+    programs = _programs(chips)
+    last = f"{len(programs)} programs, each several minutes of compiling unless it was priced before"
+    return "\n".join([*(" ".join(program) for program in programs), last])
+
+
+def _programs(chips: Sequence[str]) -> list[tuple[str, str]]:
+    check_chips(chips)
+    # The bfloat16 programs first: XLA takes the longest to choose blocks for their matmuls.
+    return [(chip, "bf16") for chip in chips] + [(chip, FORMAT_OF[chip]) for chip in chips]
 
 
 def _compiled(chip: str, program: str, cache: str | None) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def step_ops(chip: str, text: str, dump: str) -> list[TrainOp]:
     """The ops of a compiled program, given its text and the folder of its bundles."""
     from qwix_kernels import chips
 
-    spec, files = chips.chip(chip), tpu_compile._kernels(dump)
+    spec, files = chips.chip(chip), tpu_compile.dumped(dump)
     bandwidth = tpu_compile.device_bandwidth(spec)
     lines, matmuls = _lines(text)
     scheduled = hlo.ops(text)
@@ -130,7 +130,7 @@ def _content(rest: str) -> str:
 
 def _marked_bytes(rest: str) -> int:
     """A marker of XLA's that joins what asynchronous copies brought: the bytes are those of its result."""
-    return sum(hlo._array_bytes(dtype, dims) for dtype, dims, _ in hlo._ARRAY.findall(_shapes(rest)))
+    return sum(hlo.array_bytes(dtype, dims) for dtype, dims, _ in hlo.ARRAY.findall(_shapes(rest)))
 
 
 def _replayed(spec: Any, name: str, path: str) -> tuple[int, int] | None:
@@ -173,7 +173,7 @@ def _key(chip: str, program: str) -> str:
     versions = [importlib.metadata.version(p) for p in ("jax", "jaxlib", "libtpu")]
     here = pathlib.Path(__file__).parent
     reader = digest_of_files(here / f"{name}.py" for name in _READER)
-    parts = (chip, *versions, reader, tpu_compile._LOCATIONS.sub("", program))
+    parts = (chip, *versions, reader, tpu_compile.LOCATIONS.sub("", program))
     return "train " + hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -121,7 +121,7 @@ def _row(search: Search) -> tuple[str, ...]:
 def blocks(config) -> str:
     """A config in a few characters.
 
-    >>> from qwix_kernels.matmul.tpu_plan import Config
+    >>> from qwix_kernels.matmul.tpu_config import Config
     >>> blocks(Config(1024, 256, 4096, "after"))
     '1024 x 4096 x 256 after'
     """

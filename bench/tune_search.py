@@ -17,7 +17,7 @@ from typing import Any
 
 from qwix_kernels import chips, tuning
 from qwix_kernels.matmul import tpu_estimate
-from qwix_kernels.matmul.tpu_plan import Config
+from qwix_kernels.matmul.tpu_config import Config
 
 from bench import problems, shapes, tune_space
 from bench.cache import digest_of_files

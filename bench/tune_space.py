@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 from qwix_kernels.chips import Chip
 from qwix_kernels.matmul import tpu_estimate
-from qwix_kernels.matmul.tpu_plan import LANES, Config, k_tile, resolve
+from qwix_kernels.matmul.tpu_config import LANES, Config
+from qwix_kernels.matmul.tpu_plan import k_tile, resolve
 from qwix_kernels.problem import MatmulProblem
 
 _ROWS = (8, 16, 32, 64, 128, 256, 512, 1024)

@@ -10,7 +10,7 @@ from typing import Any
 
 from qwix_kernels import chips, tuning, tuning_files
 from qwix_kernels.matmul import tpu_estimate
-from qwix_kernels.matmul.tpu_plan import Config
+from qwix_kernels.matmul.tpu_config import Config
 
 from bench import problems, shapes
 from bench.cells import Cell

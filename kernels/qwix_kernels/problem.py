@@ -135,12 +135,13 @@ class Extras:
 
     @property
     def of_rows(self) -> Extras:
-        """Those that are used before the product."""
-        given = ("lhs_scale", "lhs_columns", "lhs_noise", "norm_weight")
-        return Extras(**{name: getattr(self, name) for name in given})
+        """Those of `ROW_EXTRAS`."""
+        return Extras(**{name: getattr(self, name) for name in ROW_EXTRAS})
 
 
 NO_EXTRAS = Extras()
+# Those that are used before the product.
+ROW_EXTRAS = ("lhs_scale", "lhs_columns", "lhs_noise", "norm_weight")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """The training step that is priced: what its parts are, how they are compared, and what it compiles to."""
 
+import doctest
 import json
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -69,6 +72,16 @@ def test_comparison_shows_what_loses_and_fails_under_the_target():
     assert json.loads(json.dumps(row.as_json()))["steps"]["int8"]["parts"]["quantize"] == 21.0
 
 
+def test_a_plan_compiles_nothing_and_flags_of_cells_are_refused():
+    command = [sys.executable, "-m", "bench.price", "--suite", "train"]
+    run = lambda *given: subprocess.run([*command, *given], capture_output=True, text=True, timeout=120)
+    done = run("--plan", "--chip", "v7x")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[:2] == ["v7x bf16", "v7x fp8"]
+    done = run("--m", "16", "--scheme", "w8a8")
+    assert done.returncode and "leave out --m, --scheme" in done.stderr + done.stdout
+
+
 def test_attention_is_left_out_of_the_linear_ratio():
     attention = op("jit(f)/jvp(Block)/Block._attention/softmax", us=100.0)
     step = lambda name, us: train.step_of(
@@ -116,3 +129,7 @@ def test_the_float_step_has_no_kernel_of_ours():
 def test_nothing_is_allocated():
     _, *arguments = train_block.program("int8", SMALL)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(arguments))
+
+
+def test_examples():
+    assert doctest.testmod(train).failed == 0

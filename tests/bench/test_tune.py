@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwix_kernels import chips, dispatch, tuning, tuning_files
 from qwix_kernels.matmul import tpu_estimate
-from qwix_kernels.matmul.tpu_plan import Config
+from qwix_kernels.matmul.tpu_config import Config
 
 from bench import pool, problems, shapes, tune, tune_report, tune_search, tune_space, tune_verify
 from bench.cells import Cell

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import qwix
 from qwix._src.core import dot_general as dot_lib
-from qwix._src.core import numerics, qarray, qt_vjp, sparsity, stochastic_rounding
+from qwix._src.core import numerics, qarray, qt_scaling, qt_vjp, sparsity, stochastic_rounding
 from qwix._src.core.dot_general_qt import DotGeneralQtConfig, _Dot, dot_general_qt
 
 DENSE = (((1,), (0,)), ((), ()))
@@ -112,7 +112,7 @@ def _stored(config, x, side):
     if how is None:
         return x
     rows = side == "lhs" and OP.on_the_way(x, jnp.zeros((32, 16)), how)
-    return qt_vjp.quantize_as_kernels_do(x, how) if rows else qarray.quantize(x, how)
+    return qt_scaling.quantize_rows(x, how) if rows else qarray.quantize(x, how)
 
 
 @pytest.mark.parametrize("options", FORMATS, ids=str)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from qwix_kernels.problem import RowQuantize
 
-from qwix._src.core import qarray, qt_vjp, stochastic_rounding
+from qwix._src.core import qarray, qt_scaling, stochastic_rounding
 from qwix._src.core.dot_general import dot_general
 from qwix._src.core.dot_general_qt import DotGeneralQtConfig, dot_general_qt
 
@@ -77,11 +77,11 @@ def test_values_are_widened_beside_what_scales_them():
     """The conversion to float32 follows a choice by the scale, which keeps XLA from moving float32."""
     x = jnp.array([[1.5, -2.0], [jnp.inf, 0.0]], jnp.bfloat16)
     scale = jnp.array([[2.0], [jnp.nan]], jnp.float32)
-    eqns = [e.primitive.name for e in jax.make_jaxpr(qt_vjp.widened)(x, scale).eqns]
-    got = qt_vjp.widened(x, scale)
+    eqns = [e.primitive.name for e in jax.make_jaxpr(qt_scaling.widened)(x, scale).eqns]
+    got = qt_scaling.widened(x, scale)
     assert got.dtype == jnp.float32 and eqns[-1] == "convert_element_type" and len(eqns) > 1
     np.testing.assert_array_equal(got, [[1.5, -2.0], [np.nan, np.nan]])
-    assert qt_vjp.widened(got, scale) is got
+    assert qt_scaling.widened(got, scale) is got
 
 
 def test_noise_along_the_sum_stays_outside():

@@ -126,7 +126,7 @@ def test_batches_have_noise_and_columns_of_their_own():
         (
             dataclasses.replace(HOW, noise=True),
             Extras(lhs_noise=jnp.zeros((1, 4, 1))),
-            "must be .1 or 1, 1 or 8",
+            "must be .1 or batch, 1 or M, 1., with batch 1 and M 8",
         ),
         (
             RowQuantize("float8_e4m3fn", 448.0, noise=True),

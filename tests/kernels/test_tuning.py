@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qwix_kernels import chips, dispatch, tuning, tuning_files
 from qwix_kernels.matmul import RowQuantize, Tensor, matmul, problem_of
-from qwix_kernels.matmul.tpu_plan import Config as TpuConfig
+from qwix_kernels.matmul.tpu_config import Config as TpuConfig
 from qwix_kernels.problem import Epilogue, MatmulProblem, Operand, RMSNorm
 
 V5E = chips.CHIPS["v5e"]

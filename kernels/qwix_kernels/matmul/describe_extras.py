@@ -125,7 +125,9 @@ def check_rows_extras(how: RowQuantize | None, extras: Extras, shape: tuple[int,
     _check_float("lhs_noise", extras.lhs_noise)
     got = tuple(extras.lhs_noise.shape)
     if len(got) != 3 or got[0] not in (1, batch) or got[1] not in (1, rows) or got[2] != 1:
-        raise ValueError(f"lhs_noise has shape {got}; it must be (1 or {batch}, 1 or {rows}, 1).")
+        raise ValueError(
+            f"lhs_noise has shape {got}; it must be (1 or batch, 1 or M, 1), with batch {batch} and M {rows}."
+        )
 
 
 def _check_vector(name: str, x: Any, batch: int, size: int, axis: str) -> None:

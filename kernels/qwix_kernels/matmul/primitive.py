@@ -26,7 +26,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from qwix_kernels import chips, dispatch, tuning
 from qwix_kernels.chips import Chip
 from qwix_kernels.matmul import cost, elementwise, xla
-from qwix_kernels.problem import NO_EXTRAS, Epilogue, Extras, MatmulProblem, Operand, Tensor
+from qwix_kernels.problem import NO_EXTRAS, ROW_EXTRAS, Epilogue, Extras, MatmulProblem, Operand, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +118,6 @@ def bind(
 # The fields of Extras with one entry per row (or a single one), and those with one per column or K.
 _BY_ROW = ("lhs_scale", "lhs_noise", "residual", "out_scale")
 _BY_COLUMN = ("lhs_columns", "norm_weight", "bias", "gate_bias")
-# Those that are used before the product.
-_OF_ROWS = ("lhs_scale", "lhs_columns", "lhs_noise", "norm_weight")
 
 
 def _columns_shared(extras: Extras) -> bool:
@@ -240,8 +238,8 @@ def _batch_rule(args, axes, *, problem: MatmulProblem, how: How):
     if "gate" in flat and len(flat["gate"][0]) != len(flat["rhs"][0]):
         flat["gate"], flat["rhs"] = wide(flat["gate"]), wide(flat["rhs"])
     # The rows have a batch where what is done to them has one, and where only the epilogue has one.
-    widest = max(len(flat[name][0]) for name in ("lhs", "rhs", *_OF_ROWS) if name in flat)
-    if widest < size * batch or any(len(flat[x][0]) > 1 for x in _OF_ROWS if x in flat):
+    widest = max(len(flat[name][0]) for name in ("lhs", "rhs", *ROW_EXTRAS) if name in flat)
+    if widest < size * batch or any(len(flat[x][0]) > 1 for x in ROW_EXTRAS if x in flat):
         flat["lhs"] = wide(flat["lhs"])
     new = dataclasses.replace(
         problem,

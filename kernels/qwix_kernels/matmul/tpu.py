@@ -19,8 +19,9 @@ from jax.experimental.pallas import tpu as pltpu
 from qwix_kernels.chips import Chip
 from qwix_kernels.matmul import tpu_kernel
 from qwix_kernels.matmul.elementwise import row_scale
+from qwix_kernels.matmul.tpu_config import LANES, Config
 from qwix_kernels.matmul.tpu_estimate import check, estimate, heuristic_config
-from qwix_kernels.matmul.tpu_plan import LANES, Config, Plan, resolve
+from qwix_kernels.matmul.tpu_plan import Plan, resolve
 from qwix_kernels.problem import NO_EXTRAS, Extras, MatmulProblem, Tensor, dtype_bits
 
 __all__ = ["Config", "check", "estimate", "heuristic_config", "run"]

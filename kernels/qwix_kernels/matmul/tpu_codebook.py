@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from qwix_kernels.matmul.tpu_plan import LANES
+from qwix_kernels.matmul.tpu_config import LANES
 from qwix_kernels.problem import CODEBOOKS
 
 _SUBLANES = 8

@@ -15,16 +15,14 @@ from collections.abc import Iterator
 from qwix_kernels.chips import Chip
 from qwix_kernels.dispatch import Estimate
 from qwix_kernels.matmul import cost
+from qwix_kernels.matmul.tpu_config import LANES, Config, pl_cdiv
 from qwix_kernels.matmul.tpu_plan import (
     FP4,
-    LANES,
     LONG_K,
-    Config,
     Plan,
     is_fp8,
     is_integer_problem,
     k_tile,
-    pl_cdiv,
     resolve,
     stored,
     takes_fp4,
@@ -304,9 +302,8 @@ def _step_cycles(plan: Plan, chip: Chip) -> float:
     sums = _RUNNING_SUM * plan.block_m * _lanes(plan.block_n) / 1024 if plan.steps_k > 1 else 0
     apart = _NOT_HIDDEN_SUMS if plan.sub_m < plan.block_m or plan.block_m <= 32 else _NOT_HIDDEN
     exposed = apart * min(matrix, partial_ops / 4)
-    if (
-        plan.prepare_rhs
-    ):  # what the compiler does to weights on their way into the unit, it does beside the dots
+    # What the compiler does to weights on their way into the unit, it does beside the dots.
+    if plan.prepare_rhs:
         exposed += _NOT_HIDDEN_WEIGHTS * min(matrix, weights_ops / 4)
     return max(matrix, vector / 4) + exposed + sums
 

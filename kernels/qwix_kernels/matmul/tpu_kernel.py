@@ -21,9 +21,10 @@ at all, and what binds. `python -m bench.price --chip v6e --scheme w8a8 --m 1024
 last figure of a line.
 
   w8a8        v6e  the matrix units need 32.8. Rows in front of the dots (their ladder: tpu_rows.py): 44.0 in
-                   1024 x 256, 42.0 in 1024 x 512 (6 for the rows) -> 40.7 half of the rows between the dots,
-                   39.9 all of them, 39.7 in 1024 x 1024 (rejected: that much code). Rejected: a loop over
-                   256 rows and their dots, 41.9; nothing overlaps across addresses that are not constants
+                   1024 x 256 -> 42.0 in 1024 x 512 (6 for the rows). Rejected, since it takes five times as
+                   long to compile (`tpu_plan.OVERLAP_COLUMNS`): 40.7 half of the rows between the dots, 39.9
+                   all of them, 39.7 in 1024 x 1024. Rejected: a loop over 256 rows and their dots, 41.9;
+                   nothing overlaps across addresses that are not constants
   w8a8        v7x  the matrix units need 65.5. Rows in front: 75.4 in 512 x 512, 74.3 in 512 x 1024 (7 for
                    the rows) -> 71.9 a loop as above -> 67.0 between the dots, straight-line
   w8a8        v7x  8192 x 1024, where rows are a third of the work and the matrix units need 32.8: 49.2 in
@@ -32,15 +33,16 @@ last figure of a line.
   w8a8_g128   v5e  262 + 34 before -> 224 after, 128 x 256: the lane broadcast of row scales binds the XLU
                    -> 162 with row scales stored along the lanes, in register-sized parts of a block of rows
   w8a8_g128   v6e  182 after (vector unit) -> 85 before: the bfloat16 unit is worth more than the int8 one
-                   -> 82 in 512 x 1024 -> 76.5 rows between the dots (80.7 in 512 x 512); its peak is 65.5
+                   -> 82 in 512 x 1024; the peak of the unit is 65.5. Rejected as above: 76.5 rows between
+                   the dots (80.7 in 512 x 512)
   w8a8_g128   v7x  before, rows between the dots: 68.8; the peak is 65.5
-  w4a16_g128  v5e  1024 x 1536 x 576, peak 13.8: 32.3 after, 256 x 128 -> 22.0 after, 512 x 128 -> 16.0
+  w4a16_g128  v5e  1024 x 1536 x 576, peak 13.8: 32.3 after, 256 x 128 -> 22.0 after, 512 x 128 -> 18.0
                    before, 256 x 576 (five blocks of 128 are a ninth more than 576, the matrix units' 15.3).
                    1024 x 2048 x 1408, peak 45.0: 56.2 after, 512 x 128 -> 45.2 before, 256 x 1408
-  wf8af8      v6e  126 both sides cast to bfloat16 in VMEM -> 81 rows rounded by arithmetic (a cast
+  wf8af8      v6e  126 both sides cast to bfloat16 in VMEM -> 78 rows rounded by arithmetic (a cast
                    there and back costs twice that), weights handed over as they are
   wnf4a16_g64 v6e  149 tree of selects on the bits of a code -> 95 gather along the lanes -> 79 permutation
-                   of sublanes (the ladder: tpu_codebook.py)
+                   of sublanes (the ladder: tpu_codebook.py) -> 73 in 1024 x 512
   long K      v6e  w8a8 1024 x 28672 x 8192: 780 with the sum of seven parts of K in VMEM against 582 (HBM
                    time) with the whole K in one block, so parts are used only where the whole does not fit
 
@@ -78,7 +80,8 @@ from jax.experimental import pallas as pl
 
 from qwix_kernels.matmul import tpu_epilogue, tpu_rows, tpu_weights
 from qwix_kernels.matmul import tpu_values as values
-from qwix_kernels.matmul.tpu_plan import LANES, Plan
+from qwix_kernels.matmul.tpu_config import LANES
+from qwix_kernels.matmul.tpu_plan import Plan
 
 
 def kernel(plan: Plan, emulate: bool, names: tuple[str, ...], *refs: Any) -> None:

@@ -22,11 +22,12 @@ kilocycles for the rows of 1024 x 4096:
     wf8af8      v6e  18 rounding by integer arithmetic on the bits -> 9.1 by adding and subtracting a number
                      whose last place is that of the narrow float
 
-Over the same kernel with rows that are quantized already: w8a8 v5e 7 %, v5p 6 %, v7x 8 %; w8a8_g128 5 %;
-wf8af8 v6e 2 %. Two stay over 10 %: w8a8 v6e at 20 % (42 against 35; 13 % with what XLA spends on laying out
-given scales; 3 % over static scales of float rows) and wf8af8 v7x at 14 % (none with that). The vector unit
-binds: of its slots 92 % are taken, by 6 operations per 1024 values of which none is left to leave out: half a
-magnitude and half a maximum of packed values, then unpack, scale, clip, convert and 3/4 of a pack.
+Over the same kernel with rows that are quantized already: w8a8 v5e 7 %, w8a8_g128 v5e 6 % and v6e 5 %,
+wf8af8 v5e 1 % and v6e 2 %; v7x, where they are prepared between the dots, at most 2 %. One stays over 10 %:
+w8a8 v6e at 19 % (42.0 against 35.2; 3 % over static scales of float rows; 16 % with half of the rows
+between the dots, see tpu_kernel.py). The vector unit binds: of its slots 92 % are taken, by 6 operations
+per 1024 values of which none is left to leave out: half a magnitude and half a maximum of packed values,
+then unpack, scale, clip, convert and 3/4 of a pack.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from jax.experimental import pallas as pl
 
 from qwix_kernels.matmul import tpu_values as values
 from qwix_kernels.matmul.elementwise import row_scale
-from qwix_kernels.matmul.tpu_plan import LANES, Plan
+from qwix_kernels.matmul.tpu_config import LANES
+from qwix_kernels.matmul.tpu_plan import Plan
 
 _AT_A_TIME = 2  # native tiles of rows
 Refs = dict[str, Any]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from qwix_kernels.matmul.tpu_plan import LANES, pl_cdiv
+from qwix_kernels.matmul.tpu_config import LANES, pl_cdiv
 from qwix_kernels.problem import CODEBOOKS, RowQuantize
 
 Group = tuple[slice, list[tuple[int, int, int]]]

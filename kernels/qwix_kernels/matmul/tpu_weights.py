@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from qwix_kernels.matmul import tpu_codebook
 from qwix_kernels.matmul import tpu_values as values
-from qwix_kernels.matmul.tpu_plan import LANES, Plan
+from qwix_kernels.matmul.tpu_config import LANES
+from qwix_kernels.matmul.tpu_plan import Plan
 
 
 def prepare(plan: Plan, r: dict[str, Any], step: jax.Array) -> None:

@@ -94,8 +94,7 @@ def _prepare_apart(problem: MatmulProblem, lhs: Tensor, extras: Extras) -> Tenso
     rows = dataclasses.replace(
         problem, n=1, rhs=Operand("float32", 1, 1), rhs_transposed=False, precision=None, epilogue=None
     )
-    later = {"bias": None, "gate": None, "gate_bias": None, "residual": None, "out_scale": None}
-    return _prepare_once(rows, lhs, dataclasses.replace(extras, **later))
+    return _prepare_once(rows, lhs, extras.of_rows)
 
 
 def _multiply_apart(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, rows: int | None) -> jax.Array:

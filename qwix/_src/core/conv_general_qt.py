@@ -26,7 +26,8 @@ from qwix._src.core import conv_general, layout, qarray, qt_vjp
 from qwix._src.core.calibration import HowToQuantize
 from qwix._src.core.qarray import QArray
 from qwix._src.core.qt_config import QtConfig, Side, TileSize
-from qwix._src.core.qt_vjp import Operand, scale_gradient
+from qwix._src.core.qt_scaling import scale_gradient
+from qwix._src.core.qt_vjp import Operand
 
 ConvGeneralQtConfig = QtConfig
 _Padding = tuple[tuple[int, int], ...]

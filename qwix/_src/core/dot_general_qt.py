@@ -21,7 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qwix._src.core import dot_general as dot_lib
-from qwix._src.core import dot_plan, layout, qarray, qt_vjp
+from qwix._src.core import dot_plan, layout, qarray, qt_scaling, qt_vjp
 from qwix._src.core.calibration import HowToQuantize
 from qwix._src.core.qarray import QArray
 from qwix._src.core.qt_config import QtConfig, Side, TileSize
@@ -175,14 +175,14 @@ class _DotGradient:
         scale = layout.transpose_array(scale, [from_other.get(a) for a in range(g.ndim)])
         if self.side == "lhs" and g.dtype != jnp.float16:
             return _Scaled(g, scale)
-        return qt_vjp.scale_gradient(g, scale)
+        return qt_scaling.scale_gradient(g, scale)
 
     def in_rows(self, g: Any, other: Any, how: HowToQuantize) -> QArray | None:
         if self.side == "rhs":
             return None
         g, columns = (g.g, g.scale) if isinstance(g, _Scaled) else (g, None)
         plan = dot_plan.make_plan(g, other, self.numbers, precision=self.precision, act_how=how)
-        return None if plan.rows is None else qt_vjp.quantize_as_kernels_do(g, how, columns)
+        return None if plan.rows is None else qt_scaling.quantize_rows(g, how, columns)
 
     def __call__(
         self, g: Any, other: Any, extra: None, dtype: np.dtype, act_how: HowToQuantize | None

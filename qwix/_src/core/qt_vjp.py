@@ -24,7 +24,7 @@ what quantized training loses of what its matmuls gain.
   again for each of its users.
 - A gradient that is quantized for both products is quantized along rows for one and along columns for the
   other where it is made, from one read. Only a gradient that one product needs is left to its matmul.
-- Values are converted to float32 where they are scaled and not before (`widened`).
+- Values are converted to float32 where they are scaled and not before (qt_scaling.py).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import NamedSharding
 
-from qwix._src.core import calibration, explicit_mesh, layout, numerics, qarray
+from qwix._src.core import calibration, explicit_mesh, numerics, qarray, qt_scaling
 from qwix._src.core.calibration import Calibration, HowToQuantize
 from qwix._src.core.qarray import QArray
 from qwix._src.core.qt_config import QtConfig, Side, TileSize
@@ -242,42 +242,10 @@ def _quantized(
             scale, zero_point = qarray.compute_scale_zero_point(calibrations[side], how.qtype)
             result[side] = qarray.quantize_with_scale_zero_point(x, how.qtype, scale, zero_point)
         elif keep_lhs:
-            result[side] = quantize_as_kernels_do(x, how)
+            result[side] = qt_scaling.quantize_rows(x, how)
         else:
             act_how = how
     return result, act_how
-
-
-def quantize_as_kernels_do(x: jax.Array, how: HowToQuantize, columns: jax.Array | None = None) -> QArray:
-    """`how` by the arithmetic of `qwix_kernels.problem.RowQuantize`, so that it makes no difference to the
-    result whether a kernel quantizes rows on the way or finds them quantized. The scale is float32.
-
-    x is multiplied by `columns` before, an array of its rank that is generically broadcast.
-    """
-    if columns is not None:
-        x = _times(widened(x, columns), columns.astype(jnp.float32))
-    reciprocal = np.float32(1) / np.float32(numerics.get_symmetric_bound(how.qtype))
-    scale = qarray.calibrate(x, how)["absmax"].astype(jnp.float32) * reciprocal
-    scale = jnp.where(scale < np.sqrt(np.finfo(np.float32).tiny), np.float32(1), scale)
-    scaled = _times(widened(x, scale), 1 / scale)
-    return QArray(numerics.convert_to(scaled, how.qtype), scale, None, how.qtype)
-
-
-def widened(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """x in float32 at least, to be multiplied by `scale`; float64 stays.
-
-    Where x is a transpose, XLA for TPUs converts first and moves twice or four times the bytes, unless what
-    follows depends on a second array. So NaN is chosen where the scale is NaN and the product will be.
-    """
-    wide = numerics.compute_dtype(x.dtype)
-    if wide == x.dtype:
-        return x
-    chosen = lambda x, scale: jnp.where(jnp.isnan(scale), jnp.asarray(jnp.nan, x.dtype), x)
-    return layout.call_with_generic_broadcast(chosen, x, scale).astype(wide)
-
-
-def _times(x: jax.Array, scale: jax.Array) -> jax.Array:
-    return layout.call_with_generic_broadcast(jnp.multiply, x, scale)
 
 
 def _forward(call: _Call, *args: Any) -> tuple[jax.Array, Any]:
@@ -343,12 +311,6 @@ def _sums_whole_numbers(gradient: Gradient, x: QArray) -> bool:
 # --- backward
 
 
-def scale_gradient(g: jax.Array, scale: jax.Array) -> jax.Array:
-    """g * scale, generically broadcast. Computed in float32 at least; float16, of short range, stays that."""
-    out = _times(widened(g, scale), scale.astype(numerics.compute_dtype(g.dtype)))
-    return out if g.dtype == jnp.float16 else out.astype(g.dtype)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Product:
     """One gradient: g times the other operand."""
@@ -381,17 +343,21 @@ def _gradients(call: _Call, saved: Any, noises: Any, extra: Any, g: jax.Array) -
         if side not in products:
             continue
         p = products[side]
-        incoming: Operand = p.g
-        how = p.how
-        if rounded is not None:
-            incoming, how = rounded, None
-        if how is not None and p.noise is None and all(q.how is not None for q in products.values()):
-            rows = p.gradient.in_rows(p.g, p.other, how) if len(products) == 2 else None
-            if rows is not None:
-                incoming, how = rows, None
-        how = None if how is None else _with_noise(p, noises)
+        incoming, how = (rounded, None) if rounded is not None else _incoming(p, products, noises)
         result[side] = p.gradient(incoming, p.other, extra, dtype, how)
     return result
+
+
+def _incoming(
+    p: _Product, products: dict[Side, _Product], noises: list
+) -> tuple[Operand, HowToQuantize | None]:
+    """g as the op of one gradient gets it, and how that op is to quantize it."""
+    if p.how is None:
+        return p.g, None
+    both = len(products) == 2 and all(q.how is not None for q in products.values())
+    if both and p.noise is None and (rows := p.gradient.in_rows(p.g, p.other, p.how)) is not None:
+        return rows, None
+    return p.g, _with_noise(p, noises)
 
 
 def _product(call: _Call, side: Side, g: jax.Array, other: Operand, extra: Any) -> _Product:

@@ -21,7 +21,8 @@ from jax.typing import DTypeLike
 from qwix._src.core import qarray, qt_vjp, ragged_dot
 from qwix._src.core.calibration import HowToQuantize
 from qwix._src.core.qt_config import QtConfig, Side, TileSize
-from qwix._src.core.qt_vjp import Operand, scale_gradient
+from qwix._src.core.qt_scaling import scale_gradient
+from qwix._src.core.qt_vjp import Operand
 
 RaggedDotQtConfig = QtConfig
 _PER_GROUP = RaggedDotDimensionNumbers(
