@@ -76,16 +76,19 @@ def ambient() -> Any:
     return _CONTEXT.get()
 
 
-def key(problem: MatmulProblem) -> str:
+def key(problem: Any) -> str:
     """The problem in one line that stays the same between versions: the key of the tables.
 
-    A star stands for a scale that covers the whole axis.
+    Problems of other ops than matmul say it themselves, as `tuning_key`. A star stands for a scale that
+    covers the whole axis.
 
     >>> from qwix_kernels.problem import MatmulProblem, Operand
     >>> lhs, rhs = Operand("bfloat16", 1, 8), Operand("int4", 1, 32, "float32", 1, 64)
     >>> key(MatmulProblem(8, 64, 32, lhs, rhs, "bfloat16"))
     'b1 m8 k64 n32 bfloat16 int4[float32:1x*] bfloat16'
     """
+    if not isinstance(problem, MatmulProblem):
+        return problem.tuning_key
     p = problem
     lhs = _operand_key(p.lhs, p)
     if q := p.quantize_lhs:

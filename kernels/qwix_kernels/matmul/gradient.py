@@ -33,7 +33,7 @@ def backward(problem: MatmulProblem, how: How, matmul: Matmul, saved: Operands, 
     again = functools.partial(matmul, precision=problem.precision, implementation=how.implementation)
     dz, dgate, dextras = _through_epilogue(problem, again, saved, g)
     dlhs = drhs = None
-    if _is_float(lhs):
+    if is_float(lhs):
         dy = again(dz, rhs, rhs_transposed=not problem.rhs_transposed, out_dtype=_dtype_of_rows(problem))
         if dgate is not None:
             dy = again(
@@ -48,15 +48,15 @@ def backward(problem: MatmulProblem, how: How, matmul: Matmul, saved: Operands, 
         else:
             normalise = functools.partial(elementwise.rms_norm, norm=problem.norm)
             _, pull = jax.vjp(normalise, lhs.values, extras.norm_weight)
-            dx, dweight = pull(_sum_to(dy, lhs.shape, jnp.promote_types(lhs.values.dtype, jnp.float32)))
+            dx, dweight = pull(sum_to(dy, lhs.shape, jnp.promote_types(lhs.values.dtype, jnp.float32)))
             dextras = dataclasses.replace(dextras, norm_weight=dweight)
-        dlhs = Tensor(_sum_to(dx, lhs.shape, lhs.values.dtype))
-    if _is_float(rhs):
+        dlhs = Tensor(sum_to(dx, lhs.shape, lhs.values.dtype))
+    if is_float(rhs):
         used = elementwise.prepare(problem, lhs, extras)
 
         def of_weight(d: jax.Array, w: Tensor) -> Tensor:
             d = again(d.mT, used, out_dtype=w.values.dtype)  # [batch, N, K]
-            return Tensor(_sum_to(d if problem.rhs_transposed else d.mT, w.shape, w.values.dtype))
+            return Tensor(sum_to(d if problem.rhs_transposed else d.mT, w.shape, w.values.dtype))
 
         drhs = of_weight(dz, rhs)
         if dgate is not None:
@@ -100,7 +100,7 @@ def _dtype_of_rows(problem: MatmulProblem) -> str:
     return "float32" if problem.norm or problem.products > 1 else problem.lhs.dtype
 
 
-def _is_float(x: Tensor) -> bool:
+def is_float(x: Tensor) -> bool:
     return (
         x.scale is None
         and x.codebook is None
@@ -110,10 +110,10 @@ def _is_float(x: Tensor) -> bool:
 
 
 def _to(d: jax.Array, x: jax.Array | None) -> jax.Array | None:
-    return None if x is None else _sum_to(d, x.shape, x.dtype)
+    return None if x is None else sum_to(d, x.shape, x.dtype)
 
 
-def _sum_to(d: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def sum_to(d: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """The gradient of what served several batches or rows is their sum, taken in float32."""
     axes = tuple(a for a, (wide, one) in enumerate(zip(d.shape, shape, strict=True)) if wide != one)
     return (jnp.sum(d, axes, keepdims=True, dtype=jnp.float32) if axes else d).astype(dtype)

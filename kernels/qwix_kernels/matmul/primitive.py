@@ -99,10 +99,10 @@ def bind(
         zeros = jnp.zeros((_batch(lhs, rhs), problem.m, problem.n), jnp.float32)
         gate = None if extras.gate is None else zeros
         return jax.tree.leaves(elementwise.finish(problem, zeros, gate, extras))
-    lhs, rhs = _with_own_batch(lhs), _with_own_batch(rhs)
-    extras = dataclasses.replace(extras, gate=extras.gate and _with_own_batch(extras.gate))
+    lhs, rhs = with_own_batch(lhs), with_own_batch(rhs)
+    extras = dataclasses.replace(extras, gate=extras.gate and with_own_batch(extras.gate))
     batch, m = problem.batch, problem.m
-    fold = problem.rhs.batch == 1 and batch > 1 and not _explicit_axes() and _columns_shared(extras)
+    fold = problem.rhs.batch == 1 and batch > 1 and not explicit_axes() and _columns_shared(extras)
     if fold:
         lhs = jax.tree.map(lambda a: a.reshape(1, -1, a.shape[2]), lhs)
         by_row: dict[str, Any] = {f: _into_rows(getattr(extras, f), batch, m) for f in _BY_ROW}
@@ -151,7 +151,7 @@ def _batch(lhs: Tensor, rhs: Tensor) -> int:
     return rhs.shape[0] if lhs.shape[0] == 1 else lhs.shape[0]
 
 
-def _with_own_batch(x: Tensor) -> Tensor:
+def with_own_batch(x: Tensor) -> Tensor:
     """The same tensor with one scale for each batch of its values."""
     if x.scale is None or x.scale.shape[0] == x.shape[0]:
         return x
@@ -159,7 +159,7 @@ def _with_own_batch(x: Tensor) -> Tensor:
     return dataclasses.replace(x, scale=repeat(x.scale), zero_point=repeat(x.zero_point))
 
 
-def _explicit_axes() -> tuple[str, ...]:
+def explicit_axes() -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
 
@@ -322,7 +322,7 @@ def _lower(ctx, *args, problem: MatmulProblem, how: How, platform: str | None):
             return tuple(jax.tree.leaves(impl.run(problem, *operands, **options)))[:count]
 
         run: Any = run_here
-        if impl.name == "xla" and _explicit_axes():
+        if impl.name == "xla" and explicit_axes():
             run = jax.sharding.auto_axes(run, out_sharding=shardings)
         return run(*_unflatten(problem, arrays))
 

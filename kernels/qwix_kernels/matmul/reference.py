@@ -160,10 +160,10 @@ def error_bound(
 
     def product(w: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The exact product, and how far a computed one may be from it."""
-        total = _magnitude(lhs) @ _turned(problem, _magnitude(w))
+        total = magnitude(lhs) @ _turned(problem, magnitude(w))
         computed = ((problem.k + _SCALINGS) * _EPS32 + 2 * eps) * total
         if wrong is not None:
-            computed = computed + (1 + 3 * eps) * wrong @ _turned(problem, _magnitude(w))
+            computed = computed + (1 + 3 * eps) * wrong @ _turned(problem, magnitude(w))
         return dequantize(lhs) @ _turned(problem, dequantize(w)), computed
 
     z, computed = product(rhs)
@@ -281,7 +281,7 @@ def _stored(x: Tensor) -> np.ndarray:
     return values.astype(np.float64)
 
 
-def _magnitude(x: Tensor) -> np.ndarray:
+def magnitude(x: Tensor) -> np.ndarray:
     """(|q| + |zero_point|) * |scale|: what the terms of an expanded product are bounded by."""
     values = np.abs(_stored(x))
     if x.zero_point is not None:

@@ -56,8 +56,8 @@ def run(
         extras = dataclasses.replace(extras, gate=gate)
         problem = dataclasses.replace(problem, rhs_transposed=False)
     plan = resolve(problem, chip, config)
-    names, arrays, specs = zip(*_operands(plan, lhs, rhs, extras), strict=True)
-    scratch, (outs, out_specs) = _scratch(plan), _results(plan)
+    names, arrays, specs = zip(*operands(plan, lhs, rhs, extras), strict=True)
+    scratch, (outs, out_specs) = scratch_shapes(plan), _results(plan)
     columns = "arbitrary" if plan.has_prologue and not plan.megacore_rows else "parallel"
     made = pl.pallas_call(
         functools.partial(tpu_kernel.kernel, plan, bool(interpret), (*names, *outs, *scratch)),
@@ -98,7 +98,7 @@ def _in_order(plan: Plan, scales: jax.Array) -> jax.Array:
     return tiles[:, :, : p.n // plan.out_tile if plan.out_tile else 1]
 
 
-def _operands(
+def operands(
     plan: Plan, lhs: Tensor, rhs: Tensor, extras: Extras
 ) -> list[tuple[str, jax.Array, pl.BlockSpec]]:
     """(name in the kernel, array, block) of everything the kernel reads."""
@@ -237,7 +237,7 @@ def _by_block(plan: Plan, x: jax.Array, tile: int, axis: int) -> jax.Array:
     return jnp.swapaxes(x.reshape(shape[0], shape[1], plan.steps_k, per_block), 1, 2)
 
 
-def _scratch(plan: Plan) -> dict[str, Any]:
+def scratch_shapes(plan: Plan) -> dict[str, Any]:
     bm, bn, bk = plan.block_m, plan.block_n, plan.block_k
     out: dict[str, Any] = {}
     if plan.steps_k > 1:

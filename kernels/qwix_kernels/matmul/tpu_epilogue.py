@@ -56,23 +56,26 @@ def lhs_scale(plan: Plan, r: Refs, step: Any, rows: Any, t: int) -> jax.Array:
 
 def finish(plan: Plan, r: Refs, rows: Any, sums: list[jax.Array]) -> None:
     """Makes the result of the sums with each weight, and stores the rows."""
-    p, e = plan.problem, plan.problem.epilogue
+    e, z = plan.problem.epilogue, result(plan, r, rows, sums)
+    if e and e.quantize:
+        _store_quantized(plan, r, rows, z)
+    else:
+        r["out"][0, rows, :] = z.astype(plan.problem.out_dtype)
+
+
+def result(plan: Plan, r: Refs, rows: Any, sums: list[jax.Array]) -> jax.Array:
+    """What is stored, before it is rounded or quantized: of the sums with each weight."""
+    e = plan.problem.epilogue
     sums = [_scaled(plan, w, rows, s) for w, s in zip(weights(plan, r), sums, strict=True)]
     if e is None:
-        r["out"][0, rows, :] = sums[0].astype(p.out_dtype)
-        return
+        return sums[0]
     z, *gate = [s.astype(jnp.float32) for s in sums]
     if e.bias:
         z = z + r["bias"][0].astype(jnp.float32)
     if gate and e.gate_bias:
         gate = [gate[0] + r["gate_bias"][0].astype(jnp.float32)]
     z = elementwise.activate(gate[0], e.activation) * z if gate else elementwise.activate(z, e.activation)
-    if e.residual:
-        z = z + r["residual"][0, rows, :].astype(jnp.float32)
-    if e.quantize:
-        _store_quantized(plan, r, rows, z)
-    else:
-        r["out"][0, rows, :] = z.astype(p.out_dtype)
+    return z + r["residual"][0, rows, :].astype(jnp.float32) if e.residual else z
 
 
 def _scaled(plan: Plan, r: Refs, rows: Any, total: jax.Array) -> jax.Array:

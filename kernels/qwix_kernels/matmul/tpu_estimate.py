@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from qwix_kernels.chips import Chip
 from qwix_kernels.dispatch import Estimate
@@ -49,7 +49,7 @@ _SCALE_WEIGHT_16 = 0.5
 # Cycles to hand 1024 weights to the matrix units, by their columns: in bfloat16, and in 8 bits.
 _PUSH = {128: (0.28, 0.28), 256: (0.44, 0.25)}
 _SCALE_PARTIAL = 2.2  # multiply and add
-_END = 2.0  # scales of the result, packed
+END = 2.0  # scales of the result, packed
 _STACKED = 0.4  # registers that move out of the way
 # Rows, without and with `bf16_math`; a tile of one register more, each exchange of lanes in a narrower one.
 _QUANTIZE_ROW = {"int": (8.0, 6.8), "float8": (11.0, 8.8), "native": (5.0, 4.3)}
@@ -61,17 +61,25 @@ _NOT_HIDDEN = 0.4  # of the lesser of matrix and vector work
 _NOT_HIDDEN_WEIGHTS = 0.15  # of the lesser of matrix work and that on the weights
 _NOT_HIDDEN_SUMS = 0.1  # where running sums stay in registers, see `Plan.sub_m`, or there are few
 _RUNNING_SUM = 4.0  # cycles per 1024 elements
-_STEP_CYCLES = {128: 180, 256: 230}  # of a grid step, whatever its blocks, by columns of the matrix unit
-_LOOP_CYCLES = 200  # of a grid of more than one step
+STEP_CYCLES = {128: 180, 256: 230}  # of a grid step, whatever its blocks, by columns of the matrix unit
+LOOP_CYCLES = 200  # of a grid of more than one step
 _NOT_HIDDEN_ROWS = 0.1  # of the lesser of row and other work, see `Plan.overlapped_rows`
 _MOST_COLUMNS, _MOST_SUMS = 2048, 1 << 19
 # XLA brings operands into VMEM ahead of a kernel where it finds room, so that much of the ramp counts.
-_RAMP = 0.5
+RAMP = 0.5
 
 
 def check(problem: MatmulProblem, chip: Chip) -> None:
     """Raises NotImplementedError, naming the constraint and the shapes, for what the kernel does not run."""
-    p = problem
+    p, refuse = problem, _refusal(problem, chip)
+    check_kinds(p, chip)
+    if not any(True for _ in _fitting(p, chip)):
+        refuse(
+            "finds no blocks that fit its VMEM" + " and hold whole rows to normalise" * (p.norm is not None)
+        )
+
+
+def _refusal(p: MatmulProblem, chip: Chip) -> Callable[[str], None]:
     shapes = (
         f"lhs [{p.lhs.batch}, {p.m}, {p.k}] {p.lhs.dtype}, rhs [{p.rhs.batch}, {p.k}, {p.n}] {p.rhs.dtype}"
     )
@@ -79,6 +87,12 @@ def check(problem: MatmulProblem, chip: Chip) -> None:
     def refuse(reason: str) -> None:
         raise NotImplementedError(f"the TPU kernel {reason}; got {shapes} on {chip.name}")
 
+    return refuse
+
+
+def check_kinds(problem: MatmulProblem, chip: Chip) -> None:
+    """As `check`, but for whether there are blocks that fit."""
+    p, refuse = problem, _refusal(problem, chip)
     if chip.platform != "tpu":
         refuse("runs on TPUs")
     if 0 in (p.m, p.n, p.k, p.batch):
@@ -119,10 +133,6 @@ def check(problem: MatmulProblem, chip: Chip) -> None:
         refuse("needs a quantized operand")
     if _exact_run(p) < min([t for t in (k_tile(p.lhs, p.k), k_tile(p.rhs, p.k)) if t], default=p.k):
         refuse(f"adds up integer products in int32, which is sure to hold {_exact_run(p)} of them")
-    if not any(True for _ in _fitting(p, chip)):
-        refuse(
-            "finds no blocks that fit its VMEM" + " and hold whole rows to normalise" * (p.norm is not None)
-        )
 
 
 def _epilogue_refused(e: Epilogue, n: int) -> str:
@@ -139,7 +149,7 @@ def _epilogue_refused(e: Epilogue, n: int) -> str:
     return ""
 
 
-def _epilogue_ops(p: MatmulProblem) -> float:
+def epilogue_ops(p: MatmulProblem) -> float:
     """Vector operations per element of the result after its scales."""
     e = p.epilogue
     if e is None:
@@ -175,12 +185,12 @@ def _best(problem: MatmulProblem, chip: Chip) -> Config:
 def _ramped(plan: Plan, chip: Chip) -> float:
     return (
         max(_compute_us(plan, chip), _memory_us(plan, chip))
-        + _before_us(plan, chip)
-        + _RAMP * ramp_us(plan, chip)
+        + before_us(plan, chip)
+        + RAMP * ramp_us(plan, chip)
     )
 
 
-def _before_us(plan: Plan, chip: Chip) -> float:
+def before_us(plan: Plan, chip: Chip) -> float:
     """XLA's pass over the rows for their scales, where a row does not fit one block; nothing overlaps it."""
     q = plan.problem.quantize_lhs
     if not plan.rows_given or q is None or q.static:
@@ -266,26 +276,26 @@ def estimate(problem: MatmulProblem, chip: Chip, config: Config) -> Estimate:
     plan = resolve(problem, chip, config)
     compute, memory = _compute_us(plan, chip), _memory_us(plan, chip)
     note = f"{config.strategy}, {plan.lhs_dot} x {plan.rhs_dot}"
-    static = max(compute, memory) + _before_us(plan, chip)
+    static = max(compute, memory) + before_us(plan, chip)
     return Estimate(compute, memory, static, max(cost.floor(problem, chip)), note)
 
 
 def _compute_us(plan: Plan, chip: Chip) -> float:
     b, rows, columns, steps = plan.grid
-    step = _step_cycles(plan, chip)
-    cycles = b * rows * columns * steps * (plan.problem.products * step + _STEP_CYCLES[chip.mxu])
-    cycles += _LOOP_CYCLES * (b * rows * columns * steps > 1)
-    last = (_END + _epilogue_ops(plan.problem)) / 4 * plan.block_m * _lanes(plan.block_n) / 1024
+    step = step_cycles(plan, chip)
+    cycles = b * rows * columns * steps * (plan.problem.products * step + STEP_CYCLES[chip.mxu])
+    cycles += LOOP_CYCLES * (b * rows * columns * steps > 1)
+    last = (END + epilogue_ops(plan.problem)) / 4 * plan.block_m * _lanes(plan.block_n) / 1024
     cycles += b * rows * columns * last
     if plan.has_prologue:
-        again, prologue = (columns if plan.megacore_rows else 1), _row_ops(plan) / 4
+        again, prologue = (columns if plan.megacore_rows else 1), row_ops(plan) / 4
         beside = min(prologue * plan.overlapped_rows / plan.block_m, step)
         prologue -= (1 - _NOT_HIDDEN_ROWS) * beside
         cycles += b * rows * again * steps * prologue
     return cycles * _idle(plan, chip) / (chip.ghz * 1e3)
 
 
-def _step_cycles(plan: Plan, chip: Chip) -> float:
+def step_cycles(plan: Plan, chip: Chip) -> float:
     """Cycles for the dots of one step and what is done to their weights and sums."""
     macs = plan.block_m * pl_cdiv(plan.block_n, chip.mxu) * chip.mxu * plan.block_k
     rate = {"int8": chip.int8, "int4": chip.int4}.get(plan.lhs_dot, chip.bf16)
@@ -296,7 +306,7 @@ def _step_cycles(plan: Plan, chip: Chip) -> float:
     weights = pl_cdiv(plan.block_n, chip.mxu) * chip.mxu * plan.block_k
     push = _PUSH[chip.mxu][_pushes_bytes(plan, chip)] * weights / 1024
     matrix = max(2 * macs * plan.stack * depth / (rate * 1e12) * chip.ghz * 1e9, push)
-    weights_ops, partial_ops = _weight_ops(plan, chip), _partial_ops(plan)
+    weights_ops, partial_ops = weight_ops(plan, chip), _partial_ops(plan)
     vector = weights_ops + partial_ops
     # A running sum in VMEM is read, added to and written by nothing that the matrix unit hides.
     sums = _RUNNING_SUM * plan.block_m * _lanes(plan.block_n) / 1024 if plan.steps_k > 1 else 0
@@ -317,7 +327,7 @@ def _idle(plan: Plan, chip: Chip) -> float:
     return min(pl_cdiv(count, chip.cores) * chip.cores / count for count in split)
 
 
-def _weight_ops(plan: Plan, chip: Chip) -> float:
+def weight_ops(plan: Plan, chip: Chip) -> float:
     """Vector operations on the weights of one step."""
     p = plan.problem
     kind = p.rhs.codebook or p.rhs.dtype
@@ -351,7 +361,7 @@ def _pushes_bytes(plan: Plan, chip: Chip) -> bool:
     return is_fp8(plan.rhs_dot) or (plan.lhs_dot == plan.rhs_dot and plan.rhs_dot != "bfloat16")
 
 
-def _row_ops(plan: Plan) -> float:
+def row_ops(plan: Plan) -> float:
     """Vector operations on the rows of one block."""
     p, tile = plan.problem, plan.lhs_tile
     if q := p.quantize_lhs:

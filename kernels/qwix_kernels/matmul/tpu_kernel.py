@@ -139,7 +139,7 @@ def _rows_step(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, ro
     """Dots, running sums and result of some rows of the block."""
     weights = tpu_epilogue.weights(plan, r)
     if plan.steps_k == 1:
-        tpu_epilogue.finish(plan, r, rows, [_dot_block(plan, emulate, w, step, rows) for w in weights])
+        tpu_epilogue.finish(plan, r, rows, [dot_block(plan, emulate, w, step, rows) for w in weights])
         return
 
     @pl.when(step == 0)
@@ -148,7 +148,7 @@ def _rows_step(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, ro
             w["acc"][rows, :] = jnp.zeros((plan.sub_m, plan.block_n), plan.acc)
 
     for w in weights:
-        w["acc"][rows, :] += _dot_block(plan, emulate, w, step, rows)
+        w["acc"][rows, :] += dot_block(plan, emulate, w, step, rows)
 
     @pl.when(step == plan.steps_k - 1)
     def _():
@@ -158,7 +158,7 @@ def _rows_step(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, ro
 # --- the dots
 
 
-def _dot_block(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, rows: Any) -> jax.Array:
+def dot_block(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, rows: Any) -> jax.Array:
     """Sum over this K block, [rows, block_n] in `plan.acc`, without the scales that are per row or column."""
     total: Any = None
     run = max(plan.run, LANES) if plan.strategy == "after" else plan.chunk

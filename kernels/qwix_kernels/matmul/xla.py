@@ -61,16 +61,16 @@ def run(
     `apart`: see the module's header. Not for programs that the compiler partitions over devices.
     """
     lhs = _prepare_apart(problem, lhs, extras) if apart else elementwise.prepare(problem, lhs, extras)
-    multiply = _multiply_apart if apart else _multiply
+    product = _multiply_apart if apart else multiply
     if one_by_one and problem.batch > 1:
-        multiply = _one_by_one
+        product = _one_by_one
     rows = ROWS_AT_ONCE if one_by_one else None
-    z = multiply(problem, lhs, rhs, rows)
-    gate = None if extras.gate is None else multiply(problem, lhs, extras.gate, rows)
+    z = product(problem, lhs, rhs, rows)
+    gate = None if extras.gate is None else product(problem, lhs, extras.gate, rows)
     return elementwise.finish(problem, z, gate, extras)
 
 
-def _multiply(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, rows: int | None) -> jax.Array:
+def multiply(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, rows: int | None) -> jax.Array:
     """The product alone, in what it was accumulated in; integers with tiles `rows` rows at a time."""
     left = Side(lhs, is_left=True, free=1, contracting=2)
     n, k = (1, 2) if problem.rhs_transposed else (2, 1)
@@ -84,7 +84,7 @@ def _multiply(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, rows: int | None
 
 _apart = functools.partial(jax.jit, inline=jax.Inline.XLA_LATE)
 _prepare_once = _apart(elementwise.prepare, static_argnums=0)
-_multiply_once = _apart(_multiply, static_argnums=(0, 3))
+_multiply_once = _apart(multiply, static_argnums=(0, 3))
 
 
 def _prepare_apart(problem: MatmulProblem, lhs: Tensor, extras: Extras) -> Tensor:
@@ -101,7 +101,7 @@ def _multiply_apart(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, rows: int 
     # What is scaled after the dot is better fused with what the model does next.
     w = problem.rhs
     if problem.rhs_transposed or not _halves(jnp.dtype(w.dtype), problem.n, w.tile_free or 1):
-        return _multiply(problem, lhs, rhs, rows)
+        return multiply(problem, lhs, rhs, rows)
     product = dataclasses.replace(problem, norm=None, quantize_lhs=None, epilogue=None)
     return _multiply_once(product, lhs, rhs, rows)
 
@@ -113,7 +113,7 @@ def _one_by_one(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, rows: int | No
     def pick(x: Tensor, i) -> Tensor:
         return x if x.shape[0] == 1 else jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1), x)
 
-    one = lambda i: _multiply(single, pick(lhs, i), pick(rhs, i), rows)[0]
+    one = lambda i: multiply(single, pick(lhs, i), pick(rhs, i), rows)[0]
     return jax.lax.map(one, jnp.arange(problem.batch))
 
 
