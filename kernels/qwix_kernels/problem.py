@@ -278,11 +278,16 @@ class MatmulProblem:
         """The short name of the scheme, for example `w4a16_g128`, `wf8af8`, `wnf4a16_g64`, `w8a8`."""
         act = self.quantize_lhs.dtype if self.quantize_lhs else self.lhs.codebook or self.lhs.dtype
         tiles = [t for t in (self.rhs.tile_k, self.lhs.tile_k) if 0 < t < self.k]
-        name = f"w{_short(self.rhs.codebook or self.rhs.dtype)}a{_short(act)}"
+        name = f"w{short_name(self.rhs.codebook or self.rhs.dtype)}a{short_name(act)}"
         return name + (f"_g{min(tiles)}" if tiles else "")
 
 
-def _short(dtype: str) -> str:
+def short_name(dtype: str) -> str:
+    """The dtype in the name of a scheme.
+
+    >>> short_name("float8_e5m2"), short_name("bfloat16"), short_name("uint4")
+    ('f8', '16', '4')
+    """
     if dtype.startswith("float8"):
         return "f8"
     if dtype.startswith("float4"):

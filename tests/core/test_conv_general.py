@@ -32,7 +32,7 @@ def test_any_pair_of_formats(lhs, rhs, normal):
 
 def test_integers_are_convolved_as_integers(normal):
     x, w = qwix.quantize(normal(2, 2, 6, 6, 4), "int8"), qwix.quantize(normal(3, 3, 3, 4, 5), "int4")
-    hlo = jax.jit(_conv).lower(x, w).as_text()
+    hlo = jax.jit(_conv).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
     assert "xi8>, tensor<3x3x4x5xi8>) -> tensor<2x6x3x5xi32>" in hlo
     raw = _conv(x.qvalue, w.qvalue.astype(jnp.int8))
     assert raw.dtype == jnp.int32

@@ -184,7 +184,7 @@ def test_integers_reach_all_three_convolutions(normal):
     step = jax.value_and_grad(
         lambda x, w: conv_general_qt(x, w, ConvGeneralQtConfig(**INT8), **SAME).sum(), (0, 1)
     )
-    text = jax.jit(step).lower(x, w).as_text()
+    text = jax.jit(step).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
     convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
     assert len(convolutions) == 3 and all("xi8>" in line and "xi32>" in line for line in convolutions)
 

@@ -17,14 +17,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.lax import ConvDimensionNumbers
 from jax.typing import DTypeLike
 
-from qwix._src.core import conv_general, layout, qarray, qt_vjp
+from qwix._src.core import conv_general, conv_layout, qarray, qt_vjp
 from qwix._src.core.calibration import HowToQuantize
-from qwix._src.core.qarray import QArray
 from qwix._src.core.qt_config import QtConfig, Side, TileSize
 from qwix._src.core.qt_scaling import scale_gradient
 from qwix._src.core.qt_vjp import Operand
@@ -56,6 +54,7 @@ def conv_general_qt(
         size is one of the input features.
       others: as for `jax.lax.conv_general_dilated`. `padding` may also be "SAME", "SAME_LOWER" or "VALID".
 
+    >>> import jax.numpy as jnp
     >>> config = ConvGeneralQtConfig(lhs_qtype="int8", rhs_qtype="int8", dlhs_grad_qtype="int8")
     >>> conv = lambda x: conv_general_qt(x, jnp.ones((4, 2, 3, 3)), config, (1, 1), "SAME")
     >>> jax.grad(lambda x: conv(x).sum())(jnp.ones((1, 2, 8, 8))).shape
@@ -64,18 +63,14 @@ def conv_general_qt(
     numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     ones = (1,) * len(window_strides)
     lhs_dilation, rhs_dilation = tuple(lhs_dilation or ones), tuple(rhs_dilation or ones)
-    if isinstance(padding, str):
-        if lhs_dilation != ones:
-            raise ValueError(f"{padding=} with {lhs_dilation=}: give the pads of each axis, as (low, high).")
-        sizes = [lhs.shape[a] for a in numbers.lhs_spec[2:]]
-        kernel = [_dilate(rhs.shape[a], d) for a, d in zip(numbers.rhs_spec[2:], rhs_dilation, strict=True)]
-        padding = jax.lax.padtype_to_pads(sizes, kernel, window_strides, padding)
+    sizes = [lhs.shape[a] for a in numbers.lhs_spec[2:]], [rhs.shape[a] for a in numbers.rhs_spec[2:]]
+    padding = conv_layout.explicit_padding(padding, *sizes, window_strides, lhs_dilation, rhs_dilation)
     op = _Conv(
         numbers,
         tuple(lhs.shape),
         tuple(rhs.shape),
         tuple(window_strides),
-        tuple((int(low), int(high)) for low, high in padding),
+        padding,
         lhs_dilation,
         rhs_dilation,
         feature_group_count,
@@ -145,15 +140,11 @@ class _Conv:
         """Along each spatial axis: sizes of the dilated lhs, the dilated kernel, and the strided result."""
         rows = []
         for i, (low, high) in enumerate(self.padding):
-            lhs = _dilate(self.lhs_shape[self.numbers.lhs_spec[2 + i]], self.lhs_dilation[i])
-            rhs = _dilate(self.rhs_shape[self.numbers.rhs_spec[2 + i]], self.rhs_dilation[i])
+            lhs = conv_layout.dilated(self.lhs_shape[self.numbers.lhs_spec[2 + i]], self.lhs_dilation[i])
+            rhs = conv_layout.dilated(self.rhs_shape[self.numbers.rhs_spec[2 + i]], self.rhs_dilation[i])
             out = max(0, (lhs + low + high - rhs) // self.strides[i] + 1)
-            rows.append((lhs, rhs, _dilate(out, self.strides[i])))
+            rows.append((lhs, rhs, conv_layout.dilated(out, self.strides[i])))
         return rows
-
-
-def _dilate(size: int, by: int) -> int:
-    return 0 if size == 0 else (size - 1) * by + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +181,7 @@ class _Dlhs:
         g = g if act_how is None else qarray.quantize(g, act_how)
         (out_feature, in_feature, *spatial), groups = op.numbers.rhs_spec, op.feature_groups * op.batch_groups
         kernel = jax.tree.map(
-            lambda x: jax.lax.rev(x, spatial), _regroup(other, out_feature, in_feature, groups)
+            lambda x: jax.lax.rev(x, spatial), conv_layout.regroup(other, out_feature, in_feature, groups)
         )
         padding = []
         for (lhs, rhs, out), (low, _) in zip(op.dilated(), op.padding, strict=True):
@@ -210,7 +201,7 @@ class _Dlhs:
             dtype,
         )
         image, feature = op.numbers.lhs_spec[:2]
-        return _regroup(out, feature, image, op.batch_groups)
+        return conv_layout.regroup(out, feature, image, op.batch_groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,26 +259,3 @@ class _Drhs:
 
 def _swapped(spec: Sequence[int]) -> tuple[int, ...]:
     return (spec[1], spec[0], *spec[2:])
-
-
-def _regroup(x: Any, source: int, target: int, groups: int) -> Any:
-    """Moves the `groups` runs of one axis to the front of another: (groups * n, m) -> (n, groups * m)."""
-    if groups == 1:
-        return x
-    if isinstance(x, QArray):
-        shape = list(x.scale.shape)
-        if shape[source] != 1 or shape[target] != 1:
-            shape[source], shape[target] = x.shape[source], x.shape[target]
-            spread: Any = lambda v: None if v is None else layout.broadcast_array(v, shape)
-            x = dataclasses.replace(x, scale=spread(x.scale), zero_point=spread(x.zero_point))
-        regroup = lambda v: (
-            v if v.shape[source] == v.shape[target] == 1 else _regroup(v, source, target, groups)
-        )
-        return jax.tree.map(regroup, x)
-    n = x.shape[source] // groups
-    split = x.reshape(*x.shape[:source], groups, n, *x.shape[source + 1 :])
-    # Without the axis of groups, `target` stands where it did; put the groups just before it.
-    moved = jnp.moveaxis(split, source, target)
-    merged = [*x.shape]
-    merged[source], merged[target] = n, groups * x.shape[target]
-    return moved.reshape(merged)

@@ -1,0 +1,192 @@
+"""The primitive under `conv`: its types, its batching, and its lowering for each platform.
+
+As for `matmul`, the implementation is decided when a program is lowered, for the platform and the chip that
+it is lowered for. `vmap` over images makes more images; over kernels, XLA's own rule for its convolution
+applies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from qwix_kernels import chips, dispatch
+from qwix_kernels.chips import Chip
+from qwix_kernels.conv import cost, xla
+from qwix_kernels.conv.problem import ConvExtras, ConvProblem
+from qwix_kernels.problem import Epilogue, Operand, Tensor
+
+Operands = tuple[Tensor, Tensor, ConvExtras]
+
+
+def _tpu(name: str):
+    """A function of tpu.py, which is loaded only when a TPU is asked about."""
+
+    def call(*args, **kwargs):
+        return getattr(importlib.import_module("qwix_kernels.conv.tpu"), name)(*args, **kwargs)
+
+    return call
+
+
+def _run_xla(problem: ConvProblem, lhs: Tensor, rhs: Tensor, extras: ConvExtras, *, config: Any, chip: Chip):
+    return xla.run(problem, lhs, rhs, extras, on_cpu=chip.platform == "cpu")
+
+
+dispatch.register(
+    ConvProblem,
+    (
+        dispatch.Implementation(
+            name="xla",
+            platforms=(),
+            check=lambda problem, chip: None,
+            estimate=lambda problem, chip, config: cost.xla_estimate(problem, chip),
+            run=_run_xla,
+        ),
+    ),
+)
+
+Names = tuple[str, ...] | None
+
+
+def bind(problem: ConvProblem, names: Names, lhs: Tensor, rhs: Tensor, extras: ConvExtras) -> list[jax.Array]:
+    """[N, *out, O] of operands that `problem` describes; and the scales, where they are quantized."""
+    return conv_p.bind(*jax.tree.leaves((lhs, rhs, extras)), problem=problem, names=names)
+
+
+def _unflatten(problem: ConvProblem, leaves: Sequence[Any]) -> Operands:
+    return jax.tree.unflatten(_structure(problem), leaves)
+
+
+@functools.lru_cache(maxsize=4096)
+def _structure(problem: ConvProblem) -> Any:
+    """The tree of the operands: which arrays a problem has."""
+
+    def some(there: Any) -> Any:
+        return 0 if there else None
+
+    def tensor(x: Operand) -> Tensor:
+        return Tensor(some(True), some(x.is_quantized), some(x.zero_point), x.codebook)  # type: ignore[arg-type]
+
+    q, e = problem.quantize_lhs, problem.epilogue or Epilogue()
+    extras = ConvExtras(some(q and q.static), some(e.bias), some(e.quantize and e.quantize.static))
+    return jax.tree.structure((tensor(problem.lhs), tensor(problem.rhs), extras))
+
+
+def _abstract(*avals, problem: ConvProblem, names: Names):
+    lhs = avals[0]
+    outs = [lhs.update(shape=problem.out_shape, dtype=jnp.dtype(problem.out_dtype))]
+    if problem.epilogue and problem.epilogue.scales_out:
+        shape = (problem.batch, *(1,) * len(problem.out), 1)
+        outs.append(lhs.update(shape=shape, dtype=jnp.dtype("float32")))
+    return outs
+
+
+def _batch_rule(args, axes, *, problem: ConvProblem, names: Names):
+    """More images where only what belongs to images is mapped; XLA's rules for everything else."""
+    size = next(a.shape[axis] for a, axis in zip(args, axes, strict=True) if axis is not None)
+    mapped: Any = _unflatten(problem, [axis is not None for axis in axes])
+    if any(jax.tree.leaves(mapped[1])) or mapped[2].bias:
+        run = lambda *leaves: _leaves(xla.run(problem, *_unflatten(problem, leaves)))
+        return jax.vmap(run, in_axes=tuple(axes), axis_size=size)(*args), _zeros(problem)
+    n = problem.batch
+    lhs, rhs, extras = _unflatten(problem, args)
+    at: Any = _unflatten(problem, [-1 if axis is None else axis for axis in axes])
+
+    def more(x: jax.Array, axis: int, count: Any) -> jax.Array:
+        """[size * n, ...]; what serves all images stays as it is."""
+        if axis < 0 and x.shape[0] == 1 and count != 1:
+            return x
+        x = jnp.broadcast_to(x, (size, *x.shape)) if axis < 0 else jnp.moveaxis(x, axis, 0)
+        rows = x.shape[1] if count == x.shape[1] else count
+        return jnp.broadcast_to(x, (size, rows, *x.shape[2:])).reshape(size * rows, *x.shape[2:])
+
+    scales = lambda x, axis: None if x is None else more(_per_image(x, axis, n), axis, n)
+    values = more(lhs.values, at[0].values, n)
+    images = Tensor(
+        values, scales(lhs.scale, at[0].scale), scales(lhs.zero_point, at[0].zero_point), lhs.codebook
+    )
+    small = ConvExtras(
+        scales(extras.lhs_scale, at[2].lhs_scale), extras.bias, scales(extras.out_scale, at[2].out_scale)
+    )
+    operand = dataclasses.replace(problem.lhs, free=size * n)
+    if problem.lhs.is_quantized:
+        operand = dataclasses.replace(operand, tile_free=size * n // images.scale.shape[0])  # type: ignore[union-attr]
+    new = dataclasses.replace(problem, lhs=operand)
+    outs = bind(new, names, images, rhs, small)
+    return [out.reshape(size, n, *out.shape[1:]) for out in outs], [0] * len(outs)
+
+
+def _per_image(x: jax.Array, axis: int, n: int) -> jax.Array:
+    """An entry for each image, unless one serves all; the mapped axis stays where it is."""
+    images = 0 if axis < 0 or axis > 0 else 1
+    if x.shape[images] in (1, n) and not (x.shape[images] == 1 and axis >= 0):
+        return x
+    return jnp.repeat(x, n // x.shape[images], axis=images)
+
+
+def _zeros(problem: ConvProblem) -> list[int]:
+    return [0] * (2 if problem.epilogue and problem.epilogue.scales_out else 1)
+
+
+def _leaves(out: Any) -> list[jax.Array]:
+    return jax.tree.leaves(out)
+
+
+def _lower(ctx, *args, problem: ConvProblem, names: Names, platform: str | None):
+    axis_context = ctx.module_context.axis_context
+    devices = getattr(axis_context, "device_assignment", None)
+    mesh = getattr(axis_context, "abstract_mesh", None) or getattr(axis_context, "mesh", None)
+    device = devices[0] if devices else getattr(mesh, "abstract_device", None)
+    platforms = (platform,) if platform else tuple(ctx.platforms or ctx.module_context.platforms)
+    targets = [chips.chip_for_lowering(name, device) for name in platforms]
+    decided = [_decide(problem, names, chip, getattr(axis_context, "num_devices", 1)) for chip in targets]
+    chip, impl = targets[-1], decided[-1]
+    count = len(ctx.avals_out)
+
+    def fun(*arrays):
+        out = impl.run(problem, *_unflatten(problem, arrays), config=None, chip=chip)
+        return tuple(jax.tree.leaves(out))[:count]
+
+    return mlir.lower_fun(fun, multiple_results=True)(ctx, *args)
+
+
+def _decide(problem: ConvProblem, names: Names, chip: Chip, devices: int) -> dispatch.Implementation:
+    refusal = None
+    if devices > 1:
+        refusal = (
+            f"the compiler cannot partition a kernel over {devices} devices; call conv inside jax.shard_map"
+        )
+    if not has_sizes(problem):
+        refusal = "a kernel needs sizes that are known when it is compiled, not symbolic ones"
+        problem = dataclasses.replace(problem, lhs=dataclasses.replace(problem.lhs, free=1, tile_free=1))
+    impl, explanation = dispatch.choose(problem, chip, names, None, refusal)
+    if names is None:
+        dispatch.warn_of_fallback(explanation, chip)
+    return impl
+
+
+def has_sizes(problem: ConvProblem) -> bool:
+    """Whether the number of images is known: `jax.export` has symbolic ones."""
+    return isinstance(problem.batch, int)
+
+
+conv_p = Primitive("qwix_conv")
+conv_p.multiple_results = True
+conv_p.def_abstract_eval(_abstract)
+conv_p.def_impl(lambda *args, **params: _jitted(**params)(*args))
+batching.primitive_batchers[conv_p] = _batch_rule
+mlir.register_lowering(conv_p, functools.partial(_lower, platform=None))
+mlir.register_lowering(conv_p, functools.partial(_lower, platform="tpu"), platform="tpu")
+
+
+@functools.lru_cache(maxsize=4096)
+def _jitted(problem: ConvProblem, names: Names):
+    return jax.jit(functools.partial(conv_p.bind, problem=problem, names=names))
