@@ -84,7 +84,7 @@ def gmm(
         activation=activation,
     )
     how = _how(problem, implementation, config)
-    groups = local_groups(jnp.asarray(group_sizes), group_offset, problem.matrices, problem.product.m)
+    groups = local_groups(jnp.asarray(group_sizes), group_offset, problem.matrices)
     left = jax.tree.map(lambda x: jnp.asarray(x)[None], as_tensor(lhs))
     right, more = jax.tree.map(jnp.asarray, (as_tensor(rhs), extras or Extras()))
     more = jax.tree.map(lambda x: x[None, None] if x.ndim == 1 else x, more)
@@ -129,7 +129,7 @@ def tgmm(
         precision=precision,
     )
     how = _how(problem, implementation, config)
-    groups = local_groups(jnp.asarray(group_sizes), group_offset, problem.matrices, problem.m)
+    groups = local_groups(jnp.asarray(group_sizes), group_offset, problem.matrices)
     left, right = (jax.tree.map(lambda a: jnp.asarray(a)[None], as_tensor(x)) for x in (lhs, g))
     return _tgmm(problem, how, *vary_alike((left, right, groups)))
 

@@ -5,7 +5,6 @@ Only shapes and dtypes are read, so `jax.ShapeDtypeStruct`s serve as well as arr
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -72,7 +71,7 @@ def gmm_problem_of(
         raise ValueError(
             f"residual has shape {extras.residual.shape}; it must be (1, {product.m}, {product.n})."
         )
-    return GmmProblem(product, rhs.shape[0] + 1 + (group_offset is not None))
+    return GmmProblem(product, group_sizes.shape[0], mapped=group_offset is not None)
 
 
 def tgmm_problem_of(
@@ -115,19 +114,13 @@ def tgmm_problem_of(
         k=lhs.shape[1],
         n=g.shape[1],
         matrices=matrices,
-        ranges=matrices + 1 + (group_offset is not None),
+        groups=group_sizes.shape[0],
         lhs=product.lhs,
         g=product.rhs,
         out_dtype=product.out_dtype,
         precision=product.precision,
+        mapped=group_offset is not None,
     )
-
-
-def with_sizes(problem: GmmProblem, m: int, matrices: int, ranges: int) -> GmmProblem:
-    """The same problem of other sizes."""
-    p = problem.product
-    lhs, rhs = dataclasses.replace(p.lhs, free=m), dataclasses.replace(p.rhs, batch=matrices)
-    return GmmProblem(dataclasses.replace(p, m=m, lhs=lhs, rhs=rhs), ranges)
 
 
 def _check_sizes(group_sizes: Any, group_offset: Any) -> None:

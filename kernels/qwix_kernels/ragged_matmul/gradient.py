@@ -21,6 +21,7 @@ from qwix_kernels.matmul import elementwise
 from qwix_kernels.matmul.gradient import is_float, sum_to
 from qwix_kernels.matmul.primitive import How
 from qwix_kernels.problem import Epilogue, Extras, MatmulProblem, Operand, Tensor
+from qwix_kernels.ragged_matmul.groups import alive
 from qwix_kernels.ragged_matmul.problem import GmmProblem, Groups, TgmmProblem
 
 Op = Callable[..., jax.Array]
@@ -32,7 +33,7 @@ def of_gmm(
     """(d lhs, d rhs, d extras, None) for a gradient `g` [M, N]; `gmm` and `tgmm` are the ops themselves."""
     lhs, rhs, extras, groups = saved
     p, how = problem.product, How(how.implementation)
-    g = jnp.where(_alive(groups, p.m)[:, None], g, 0)
+    g = jnp.where(alive(groups, p.m)[:, None], g, 0)
     dz, dgate, dextras = _through_epilogue(problem, how, gmm, tgmm, saved, g)
     dlhs = drhs = None
     if is_float(lhs):
@@ -70,7 +71,9 @@ def of_tgmm(
         left = _described(x, p.m, k)
         right = Operand(dout.dtype.name, p.matrices, n)
         product = MatmulProblem(p.m, k, n, left, right, dtype, transposed, precision=p.precision)
-        return gmm(GmmProblem(product, p.ranges), how, x, Tensor(dout), Extras(), groups)[None]
+        return gmm(GmmProblem(product, p.groups, p.batch, p.mapped), how, x, Tensor(dout), Extras(), groups)[
+            None
+        ]
 
     dlhs = Tensor(rows(g, p.n, p.k, p.lhs.dtype, True)) if is_float(lhs) else None
     dg = Tensor(rows(lhs, p.k, p.n, p.g.dtype, False)) if is_float(g) else None
@@ -99,12 +102,6 @@ def _described(x: Tensor, m: int, k: int) -> Operand:
     )
 
 
-def _alive(groups: Groups, m: int) -> jax.Array:
-    """[M] whether each row belongs to a matrix."""
-    ends = jnp.cumsum(groups.sizes)
-    return groups.matrix[jnp.searchsorted(ends, jnp.arange(m), side="right")] >= 0
-
-
 def _turned(problem: GmmProblem, how: How, dz: jax.Array, w: Tensor, dtype: str) -> tuple[Any, ...]:
     """What gmm(dz, w^T) is called with."""
     p = problem.product
@@ -114,7 +111,13 @@ def _turned(problem: GmmProblem, how: How, dz: jax.Array, w: Tensor, dtype: str)
     product = MatmulProblem(
         p.m, p.n, p.k, left, right, dtype, rhs_transposed=not p.rhs_transposed, precision=p.precision
     )
-    return GmmProblem(product, problem.ranges), how, Tensor(dz[None]), w, Extras()
+    return (
+        GmmProblem(product, problem.groups, problem.batch, problem.mapped),
+        how,
+        Tensor(dz[None]),
+        w,
+        Extras(),
+    )
 
 
 def _of_weight(
@@ -137,11 +140,13 @@ def _of_weight(
         k=p.k,
         n=p.n,
         matrices=problem.matrices,
-        ranges=problem.ranges,
+        groups=problem.groups,
         lhs=Operand(x.dtype.name, 1, p.k),
         g=Operand(d.dtype.name, 1, p.n),
         out_dtype=w.values.dtype.name,
         precision=p.precision,
+        batch=problem.batch,
+        mapped=problem.mapped,
     )
     left, right = (Tensor(d[None]), used) if p.rhs_transposed else (used, Tensor(d[None]))
     if p.rhs_transposed:
@@ -192,8 +197,17 @@ def _of_bias(
     p = problem.product
     ones = jnp.ones((1, p.m, 1), d.dtype)
     one = TgmmProblem(
-        p.m, 1, p.n, problem.matrices, problem.ranges,
-        Operand(d.dtype.name, 1, 1), Operand(d.dtype.name, 1, p.n), "float32", "highest",
-    )  # fmt: skip
+        m=p.m,
+        k=1,
+        n=p.n,
+        matrices=problem.matrices,
+        groups=problem.groups,
+        lhs=Operand(d.dtype.name, 1, 1),
+        g=Operand(d.dtype.name, 1, p.n),
+        out_dtype="float32",
+        precision="highest",
+        batch=problem.batch,
+        mapped=problem.mapped,
+    )
     out = tgmm(one, How(("xla",)), Tensor(ones), Tensor(d[None]), groups)
     return sum_to(out, x.shape, x.dtype)

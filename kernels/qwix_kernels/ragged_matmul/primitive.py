@@ -23,7 +23,7 @@ from qwix_kernels import chips, dispatch, tuning
 from qwix_kernels.matmul.primitive import How, explicit_axes, with_own_batch
 from qwix_kernels.problem import Epilogue, Extras, Operand, Tensor
 from qwix_kernels.ragged_matmul import cost, xla
-from qwix_kernels.ragged_matmul.describe import with_sizes
+from qwix_kernels.ragged_matmul.groups import matrix_of
 from qwix_kernels.ragged_matmul.problem import GmmProblem, Groups, TgmmProblem
 
 Problem = GmmProblem | TgmmProblem
@@ -119,7 +119,7 @@ def _structure(problem: Problem) -> Any:
     def tensor(x: Operand) -> Tensor:
         return Tensor(some(True), some(x.is_quantized), some(x.zero_point), x.codebook)
 
-    groups: Any = Groups(*map(some, (True, True)))
+    groups: Any = Groups(some(True), some(problem.mapped))
     if isinstance(problem, TgmmProblem):
         return jax.tree.structure((tensor(problem.lhs), tensor(problem.g), groups))
     p = problem.product
@@ -197,14 +197,16 @@ def _row_extra(size: int, x: Any, front: Any, m: int) -> Any:
 
 
 def _groups_folded(size: int, groups: Groups, front: Any, step: int) -> Groups:
-    """The ranges of all batches; `step` matrices further on for each."""
-    sizes, matrix = (
-        (front.sizes, front.matrix)
-        if front is not None
-        else (jnp.broadcast_to(a, (size, *a.shape)) for a in (groups.sizes, groups.matrix))
-    )
-    further = step * jnp.arange(size, dtype=jnp.int32)[:, None]
-    return Groups(sizes.reshape(-1), jnp.where(matrix < 0, -1, matrix + further).reshape(-1))
+    """The groups of all batches; `step` matrices further on for each."""
+    if front is None:
+        front = jax.tree.map(lambda a: jnp.broadcast_to(a, (size, *a.shape)), groups)
+    matrix = front.matrix
+    if matrix is None and not step:
+        matrix = jnp.broadcast_to(matrix_of(groups), front.sizes.shape)
+    elif matrix is not None:
+        further = step * jnp.arange(size, dtype=jnp.int32)[:, None, None]
+        matrix = jnp.where(matrix < 0, -1, matrix + further)
+    return jax.tree.map(lambda a: a.reshape(-1, a.shape[2]), Groups(front.sizes, matrix))
 
 
 _BY_ROW = ("lhs_scale", "lhs_noise", "residual")
@@ -233,8 +235,13 @@ def _gmm_batch_rule(args, axes, *, problem: GmmProblem, how: How):
     rhs = _matrices_folded(size, rhs, fronts[1], own)
     lhs = _rows_folded(size, lhs, fronts[0])
     groups = _groups_folded(size, groups, fronts[2], problem.matrices if own else 0)
-    big = with_sizes(problem, size * p.m, rhs.values.shape[0], size * problem.ranges)
-    # Ranges are in the order of their matrices only where every batch has its own.
+    product = dataclasses.replace(
+        p,
+        m=size * p.m,
+        lhs=dataclasses.replace(p.lhs, free=size * p.m),
+        rhs=dataclasses.replace(p.rhs, batch=rhs.values.shape[0]),
+    )
+    big = GmmProblem(product, problem.groups, size * problem.batch, groups.matrix is not None)
     out = bind_gmm(big, how, lhs, rhs, Extras(**new), groups)
     return out.reshape(size, p.m, p.n), 0
 
@@ -276,7 +283,7 @@ def _tgmm_batch_rule(args, axes, *, problem: TgmmProblem, how: How):
         problem,
         m=size * problem.m,
         matrices=size * problem.matrices,
-        ranges=size * problem.ranges,
+        batch=size * problem.batch,
         lhs=wide(problem.lhs),
         g=wide(problem.g),
     )

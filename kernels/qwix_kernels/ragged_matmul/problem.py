@@ -28,13 +28,15 @@ from qwix_kernels.problem import MatmulProblem, Operand
 class Groups:
     """Where the rows go: the data of a grouped matmul beside its operands.
 
-    sizes   [P] int32: how many rows are in each range; they add up to M, in the order of the rows
-    matrix  [P] int32: which matrix each range belongs to; -1 for none. In a tgmm each matrix has one range,
-            in their order
+    Rows come in batches of equal size (more than one under `vmap`), each of which starts with its groups.
+
+    sizes   [batches, P] int32: how many rows are in each group
+    matrix  [batches, P] int32: which matrix each group has; -1 for none. None: the first group has the first
+            one, and so on. In a tgmm each matrix has one group, in their order
     """
 
     sizes: jax.Array
-    matrix: jax.Array
+    matrix: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,9 @@ class GmmProblem:
     """One gmm, described. `product.lhs.batch` is 1, `product.rhs.batch` the number of matrices."""
 
     product: MatmulProblem
-    ranges: int  # entries of `Groups`
+    groups: int  # those of one batch, with and without a matrix
+    batch: int = 1
+    mapped: bool = False  # whether `Groups.matrix` is given
 
     @property
     def matrices(self) -> int:
@@ -55,7 +59,7 @@ class GmmProblem:
 
     @property
     def tuning_key(self) -> str:
-        return f"gmm p{self.ranges} {tuning.key(self.product)}"
+        return f"gmm{'*' * self.mapped} p{self.batch}x{self.groups} {tuning.key(self.product)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +70,13 @@ class TgmmProblem:
     k: int
     n: int
     matrices: int
-    ranges: int
+    groups: int  # those of one batch, with and without a matrix
     lhs: Operand  # free: K, contracting: M
     g: Operand  # free: N
     out_dtype: str
     precision: str | None = None
+    batch: int = 1
+    mapped: bool = False
 
     @property
     def scheme(self) -> str:
@@ -80,4 +86,4 @@ class TgmmProblem:
     @property
     def tuning_key(self) -> str:
         parts = f"m{self.m} k{self.k} n{self.n} {self.lhs.dtype} {self.g.dtype} {self.out_dtype}"
-        return f"tgmm g{self.matrices} p{self.ranges} {parts}"
+        return f"tgmm{'*' * self.mapped} g{self.matrices} p{self.batch}x{self.groups} {parts}"

@@ -116,3 +116,32 @@ def _one_matrix(p: TgmmProblem, rows: int) -> MatmulProblem:
     """The matmul [1, K, rows] x [1, rows, N] of one group."""
     along = lambda x: dataclasses.replace(x, batch=1, tile_k=rows if x.is_quantized else 0)
     return MatmulProblem(p.k, rows, p.n, along(p.lhs), along(p.g), p.out_dtype, precision=p.precision)
+
+
+def visits(
+    sizes: Any, rows: int, block: int, matrix: Any = None, *, per_matrix: bool = False
+) -> list[tuple[int, int, int, int, int]]:
+    """What tpu_visits.py finds: (tile, fetch, matrix, lo, hi) of each visit, for [batches, P] sizes.
+
+    >>> visits([[3, 0, 6]], 16, 4)
+    [(0, 0, 0, 0, 3), (0, 0, 2, 3, 4), (1, 1, 2, 0, 4), (2, 2, 2, 0, 1), (2, 2, 2, 0, 0), (3, 2, 2, 0, 0)]
+    """
+    sizes = np.asarray(sizes)
+    matrix = np.arange(sizes.size).reshape(sizes.shape) if matrix is None else np.asarray(matrix)
+    out, fetch, held = [], 0, 0
+    each = rows // len(sizes)
+    for b, (row_sizes, of) in enumerate(zip(sizes.tolist(), matrix.tolist(), strict=True)):
+        start, end = b * each, (b + 1) * each
+        for size, m in zip([*row_sizes, rows], [*of, -1], strict=True):
+            stop = min(start + size, end)
+            tiles = range(start // block, (stop - 1) // block + 1) if stop > start else ()
+            if per_matrix:
+                tiles = () if m < 0 else tiles or (start // block,)
+            for tile in tiles:
+                reads = stop > start and m >= 0
+                fetch = tile if reads else fetch
+                held = m if reads or per_matrix else held
+                lo, hi = (max(start - tile * block, 0), min(stop - tile * block, block)) if reads else (0, 0)
+                out.append((tile, fetch, held, lo, hi))
+            start = stop
+    return out

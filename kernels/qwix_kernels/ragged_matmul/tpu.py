@@ -17,8 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from qwix_kernels.chips import Chip
 from qwix_kernels.matmul import tpu as matmul_tpu
 from qwix_kernels.problem import Extras, Tensor, dtype_bits
-from qwix_kernels.ragged_matmul import tpu_kernel
-from qwix_kernels.ragged_matmul.groups import tile_visits
+from qwix_kernels.ragged_matmul import tpu_kernel, tpu_visits
 from qwix_kernels.ragged_matmul.problem import GmmProblem, Groups
 from qwix_kernels.ragged_matmul.tpu_estimate import check, estimate, heuristic_config
 from qwix_kernels.ragged_matmul.tpu_plan import Config, GmmPlan, resolve
@@ -47,17 +46,17 @@ def run(
     p = problem.product
     names, arrays, specs = zip(*matmul_tpu.operands(plan.matmul, lhs, rhs, extras), strict=True)
     scratch = _scratch(plan)
-    visits = tile_visits(groups, p.m, plan.matmul.block_m, problem.matrices)
-    fields = [visits.tile, visits.fetch, visits.matrix, visits.lo, visits.hi]
+    count, words = tpu_visits.visits(groups, p.m, plan.matmul.block_m, interpret=interpret)
+    field = functools.partial(tpu_visits.field, plan.most)
     out = pl.BlockSpec(
         (1, plan.matmul.block_m, plan.matmul.block_n),
-        lambda j, v, k, meta: (0, tpu_kernel.at(plan.most, meta, tpu_kernel.TILE, v), j),
+        lambda j, v, k, words: (0, field(words, tpu_visits.TILE, v), j),
     )
     call = pl.pallas_call(
         functools.partial(tpu_kernel.kernel, plan, bool(interpret), (*names, "out", *scratch)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(plan.columns, visits.count, plan.matmul.steps_k),
+            grid=(plan.columns, count, plan.matmul.steps_k),
             in_specs=[_at_visit(plan, name, spec) for name, spec in zip(names, specs, strict=True)],
             out_specs=out,
             scratch_shapes=tuple(scratch.values()),
@@ -71,21 +70,20 @@ def run(
         interpret=interpret,
         name=f"qwix_{problem.scheme}",
     )
-    return call(jnp.concatenate([*fields, visits.count[None]]), *arrays)[0]
+    return call(words, *arrays)[0]
 
 
 def _at_visit(plan: GmmPlan, name: str, spec: pl.BlockSpec) -> pl.BlockSpec:
     """The block that the matmul would have for the visit's matrix and tile."""
     where: Any = spec.index_map
-    fields = len(tpu_kernel.FIELDS)
 
-    def index(j, v, k, visits):
+    def index(j, v, k, words):
         if plan.keep and name == "lhs":
             # Rows that are kept are not read again: stay on the last ones.
-            v = jnp.where(j == 0, v, visits[fields * plan.most] - 1)
+            v = jnp.where(j == 0, v, tpu_visits.count(plan.most, words) - 1)
             k = jnp.where(j == 0, k, plan.matmul.steps_k - 1)
-        get = lambda field: tpu_kernel.at(plan.most, visits, field, v)
-        return where(get(tpu_kernel.MATRIX), get(tpu_kernel.FETCH), j, k)
+        get = functools.partial(tpu_visits.field, plan.most, words, visit=v)
+        return where(get(tpu_visits.MATRIX), get(tpu_visits.FETCH), j, k)
 
     return pl.BlockSpec(spec.block_shape, index, pipeline_mode=spec.pipeline_mode)
 

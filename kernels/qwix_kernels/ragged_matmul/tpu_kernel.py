@@ -28,23 +28,18 @@ from qwix_kernels.matmul import tpu_epilogue, tpu_rows, tpu_weights
 from qwix_kernels.matmul.tpu_config import pl_cdiv
 from qwix_kernels.matmul.tpu_kernel import dot_block
 from qwix_kernels.ragged_matmul.tpu_plan import GmmPlan
+from qwix_kernels.ragged_matmul.tpu_visits import FETCH, HI, LO, MATRIX, TILE, field
 
 Refs = dict[str, Any]
-# The fields of a visit, each an array of all visits, one after the other in scalar memory; then the count.
-FIELDS = TILE, FETCH, MATRIX, LO, HI = range(5)
-
-
-def at(most: int, visits: Any, field: int, visit: Any) -> Any:
-    """A field of a visit."""
-    return visits[field * most + visit]
 
 
 def kernel(plan: GmmPlan, emulate: bool, names: tuple[str, ...], visits: Any, *refs: Any) -> None:
     """One grid step. `names` says which refs there are: see `tpu.run`."""
     r, p = dict(zip(names, refs, strict=True)), plan.matmul
     column, visit, step = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    get = lambda field: at(plan.most, visits, field, visit)
-    new = lambda field: (visit == 0) | (get(field) != at(plan.most, visits, field, jnp.maximum(visit - 1, 0)))
+    get = lambda which: field(plan.most, visits, which, visit)
+    before = jnp.maximum(visit - 1, 0)
+    new = lambda which: (visit == 0) | (get(which) != field(plan.most, visits, which, before))
     if plan.keep:
         kept = {name: r[name].at[get(FETCH)] for name in ("lhs_ready", "row_scale") if name in r}
         r |= kept

@@ -2,9 +2,9 @@
 
 A gmm is planned as the matmul [1, M, K] x [G, K, N] (matmul/tpu_plan.py): the same dtypes on the matrix unit,
 the same place for the scales, the same scratch. Its grid is another: columns outside, then the visits of row
-tiles (groups.py), then K. So a block of weights stays where it is while the tiles of its group go by, and is
-dequantized once for all of them; and two visits of one tile follow each other, so that the second completes
-what the first one stored.
+tiles (tpu_visits.py), then K. So a block of weights stays where it is while the tiles of its group go by, and
+is dequantized once for all of them; and two visits of one tile follow each other, so that the second
+completes what the first one stored.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from qwix_kernels.matmul.tpu_config import STRATEGIES, pl_cdiv
 from qwix_kernels.matmul.tpu_plan import VMEM_SHARE, Plan, vmem_bytes
 from qwix_kernels.matmul.tpu_plan import resolve as resolve_matmul
 from qwix_kernels.problem import dtype_bits
-from qwix_kernels.ragged_matmul.groups import most_visits
 from qwix_kernels.ragged_matmul.problem import GmmProblem
+from qwix_kernels.ragged_matmul.tpu_visits import most_visits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,8 @@ class GmmPlan:
     @property
     def most(self) -> int:
         """How many visits there may be."""
-        return most_visits(self.tiles, self.problem.ranges)
+        p = self.problem
+        return most_visits(p.product.m, self.matmul.block_m, p.batch * p.groups, p.batch)
 
 
 def resolve(problem: GmmProblem, chip: Chip, config: Config) -> GmmPlan:

@@ -28,17 +28,16 @@ from qwix_kernels.matmul.tpu_config import LANES, pl_cdiv
 from qwix_kernels.matmul.tpu_estimate import LOOP_CYCLES, STEP_CYCLES
 from qwix_kernels.matmul.tpu_plan import VMEM_SHARE, is_fp8, is_int
 from qwix_kernels.problem import Tensor, dtype_bits
-from qwix_kernels.ragged_matmul import cost
-from qwix_kernels.ragged_matmul.groups import most_visits, tile_visits
+from qwix_kernels.ragged_matmul import cost, tpu_visits
 from qwix_kernels.ragged_matmul.problem import Groups, TgmmProblem
-from qwix_kernels.ragged_matmul.tpu_kernel import FETCH, FIELDS, HI, LO, MATRIX, at
+from qwix_kernels.ragged_matmul.tpu_visits import FETCH, HI, LO, MATRIX
 
 _TAKEN = ("bfloat16", "float32", "int8", "int4", "float8_e4m3fn", "float8_e5m2")
 _OUT = ("bfloat16", "float32", "int32")
 # Vector operations per 1024 values: to turn the rows of lhs to where the matrix unit wants them, with what a
 # mask takes; and to add 1024 sums.
 _TURN, _MASK, _ADD = 4.0, 3.0, 4.0
-_VISITS_US = 6.0
+_VISITS_US = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,8 @@ class _Plan:
     @property
     def most(self) -> int:
         p = self.problem
-        return most_visits(pl_cdiv(p.m, self.config.block_m), p.ranges) + p.ranges
+        ranges = p.batch * p.groups
+        return tpu_visits.most_visits(p.m, self.config.block_m, ranges, p.batch, per_matrix=True)
 
     @property
     def acc(self) -> str:
@@ -218,31 +218,34 @@ def run(
     """
     plan = _resolve(problem, chip, config)
     p, c = problem, config
-    visits = tile_visits(groups, p.m, c.block_m, p.matrices, per_matrix=True)
-    get = lambda meta, field, v: at(plan.most, meta, field, v)
-    rows = lambda meta, v: get(meta, FETCH, v)
+    count, words = tpu_visits.visits(groups, p.m, c.block_m, per_matrix=True, interpret=interpret)
+    get = functools.partial(tpu_visits.field, plan.most)
+    rows = lambda words, v: get(words, FETCH, v)
     named = {
         "lhs": (
             lhs.values,
-            pl.BlockSpec((1, c.block_m, c.block_k), lambda i, j, v, meta: (0, rows(meta, v), i)),
+            pl.BlockSpec((1, c.block_m, c.block_k), lambda i, j, v, words: (0, rows(words, v), i)),
         ),
-        "g": (g.values, pl.BlockSpec((1, c.block_m, c.block_n), lambda i, j, v, meta: (0, rows(meta, v), j))),
+        "g": (
+            g.values,
+            pl.BlockSpec((1, c.block_m, c.block_n), lambda i, j, v, words: (0, rows(words, v), j)),
+        ),
     }
     if lhs.scale is not None:  # as a column, for the rows of the result
         scale = _each(lhs.scale, p.k).reshape(p.k, 1)
-        named["lhs_scale"] = scale, pl.BlockSpec((c.block_k, 1), lambda i, j, v, meta: (i, 0))
+        named["lhs_scale"] = scale, pl.BlockSpec((c.block_k, 1), lambda i, j, v, words: (i, 0))
     if g.scale is not None:
         scale = _each(g.scale, p.n).reshape(1, p.n)
-        named["g_scale"] = scale, pl.BlockSpec((1, c.block_n), lambda i, j, v, meta: (0, j))
+        named["g_scale"] = scale, pl.BlockSpec((1, c.block_n), lambda i, j, v, words: (0, j))
     arrays, specs = zip(*named.values(), strict=True)
     call = pl.pallas_call(
         functools.partial(_kernel, plan, bool(interpret), (*named, "out", "acc")),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(*plan.grid, visits.count),
+            grid=(*plan.grid, count),
             in_specs=list(specs),
             out_specs=pl.BlockSpec(
-                (1, c.block_k, c.block_n), lambda i, j, v, meta: (get(meta, MATRIX, v), i, j)
+                (1, c.block_k, c.block_n), lambda i, j, v, words: (get(words, MATRIX, v), i, j)
             ),
             scratch_shapes=(pltpu.VMEM((c.block_k, c.block_n), jnp.dtype(plan.acc)),),
         ),
@@ -254,8 +257,7 @@ def run(
         interpret=interpret,
         name=f"qwix_{p.scheme}",
     )
-    fields = [visits.tile, visits.fetch, visits.matrix, visits.lo, visits.hi]
-    return call(jnp.concatenate([*fields, visits.count[None]]), *arrays)
+    return call(words, *arrays)
 
 
 def _each(scale: jax.Array, size: int) -> jax.Array:
@@ -265,8 +267,8 @@ def _each(scale: jax.Array, size: int) -> jax.Array:
 
 def _kernel(plan: _Plan, emulate: bool, names: tuple[str, ...], visits: Any, *refs: Any) -> None:
     r = dict(zip(names, refs, strict=True))
-    visit, count = pl.program_id(2), visits[len(FIELDS) * plan.most]
-    get = lambda field, v=visit: at(plan.most, visits, field, v)
+    visit, count = pl.program_id(2), tpu_visits.count(plan.most, visits)
+    get = lambda which, v=visit: tpu_visits.field(plan.most, visits, which, v)
     here = get(MATRIX)
     first = (visit == 0) | (here != get(MATRIX, jnp.maximum(visit - 1, 0)))
     last = (visit == count - 1) | (here != get(MATRIX, jnp.minimum(visit + 1, count - 1)))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from qwix_kernels.matmul import elementwise, xla
 from qwix_kernels.problem import Extras, MatmulProblem, Tensor
-from qwix_kernels.ragged_matmul.groups import row_visits
+from qwix_kernels.ragged_matmul.groups import ranges, row_visits
 from qwix_kernels.ragged_matmul.problem import GmmProblem, Groups, TgmmProblem
 
 _LEAST_ROWS, _MOST_ROWS = 16, 256
@@ -59,7 +59,7 @@ def gmm(problem: GmmProblem, lhs: Tensor, rhs: Tensor, extras: Extras, groups: G
         result: Any = elementwise.finish(one, z, gate, Extras(**here))
         return _stored(out, result[0], start, mine[:, None])
 
-    turns = row_visits(groups, block)[1][-1]
+    turns = row_visits(groups, p.m, block)[1][-1]
     return jax.lax.fori_loop(0, turns, turn, jnp.zeros((p.m, p.n), p.out_dtype))
 
 
@@ -81,20 +81,20 @@ def tgmm(problem: TgmmProblem, lhs: Tensor, g: Tensor, groups: Groups) -> jax.Ar
         z = xla.multiply(one, left, right, None).astype(sums)
         return jax.lax.dynamic_update_slice_in_dim(out, _pick(out, matrix) + z, matrix, 0)
 
-    turns = row_visits(groups, block)[1][-1]
+    turns = row_visits(groups, p.m, block)[1][-1]
     out = jax.lax.fori_loop(0, turns, turn, jnp.zeros((p.matrices, p.k, p.n), sums))
     return out.astype(p.out_dtype)
 
 
 def _rows_of(visit: jax.Array, groups: Groups, block: int, m: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(matrix, first row, which of the `block` rows from there are new and in the range) of a visit."""
-    count, done, begin = row_visits(groups, block)
+    count, done = row_visits(groups, m, block)
+    begin, stop, matrix = ranges(groups, m)
     at = jnp.sum(done <= visit)
-    stop = begin[at] + groups.sizes[at]
     wanted = begin[at] + (visit - done[at] + count[at]) * block
     start = jnp.minimum(wanted, m - block)
     row = start + jnp.arange(block, dtype=jnp.int32)
-    return groups.matrix[at], start, (row >= wanted) & (row < stop)
+    return matrix[at], start, (row >= wanted) & (row < stop[at])
 
 
 def _pick(x: Any, index: jax.Array) -> Any:
