@@ -35,6 +35,10 @@ _SCALAR = re.compile(r"(s(?!br|halt|pop(?!\.drf))[a-z]|p[a-z]+$|scalar_|int_to_p
 _ELEMENT_BITS = {"bf16": 16, "s8": 8, "u8": 8, "s4": 4, "u4": 4, "bf8": 8, "f32": 32}
 # Operands of a call that live in on-chip memory: XLA has moved (or will move) their bytes.
 _OPERAND = re.compile(r"= inlined_call_operand\.(\w+) \[shape: (\w+)\[([\d,]*)\], index: (\d+), kind: (\w+)")
+_INPUT = re.compile(
+    r"%(\w+) = inlined_call_operand\.(?:<no memory space>|\w+) \[shape: [^,]*?, index: (\d+), kind: input"
+)
+_DMA_ENDS = re.compile(r"/\*(?:vmem|hbm)=\*/\s*(%?\w+).*?/\*smem=\*/\s*(%?\w+)", re.S)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,9 @@ class Kernel:
     units: tuple[tuple[int, ...], ...]
     capacity: tuple[int, ...]
     operands: tuple[tuple[str, str, tuple[int, ...], str], ...]
+    inputs: tuple[
+        tuple[str, int], ...
+    ] = ()  # the scalar that holds each input, or its address, and its index
 
 
 def element_bits(element: str) -> int:
@@ -121,6 +128,7 @@ def parse(name: str, bundles_text: str, units_text: str = "") -> Kernel:
     bundles: list[Bundle] = []
     regions: dict[int, int] = {}
     operands: list[tuple[str, str, tuple[int, ...], str]] = []
+    inputs: list[tuple[str, int]] = []
     for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
         chunk = bundles_text[start.end() : end]
         for kind, number in _REGION.findall(chunk):
@@ -130,9 +138,10 @@ def parse(name: str, bundles_text: str, units_text: str = "") -> Kernel:
             (space, dtype, tuple(int(d) for d in dims.split(",") if d), kind)
             for space, dtype, dims, _, kind in _OPERAND.findall(chunk)
         ]
+        inputs += [(value, int(number)) for value, number in _INPUT.findall(chunk)]
         bundles.append(_bundle(chunk))
     units, capacity = _units(name, units_text, len(bundles))
-    return Kernel(name, tuple(bundles), regions, units, capacity, tuple(operands))
+    return Kernel(name, tuple(bundles), regions, units, capacity, tuple(operands), tuple(inputs))
 
 
 def _bundle(chunk: str) -> Bundle:
@@ -178,6 +187,8 @@ def _scalar(result: str, op: str, rest: str) -> Instruction:
     rest, predicate, negated, otherwise = _predicate(rest)
     # `sst [smem:[%s4 + $0x2]] %s7` has no comma between the address and the value.
     rest = re.sub(r"\]\]\s+%", "]], %", rest)
+    # What else stands in brackets says which memory a pointer is to.
+    rest = re.sub(r"\[resolvable:[^\]]*\]|(?<=\w)\s+\[#\w+\]", "", rest)
     args = tuple(a.strip() for a in rest.split(",") if a.strip())
     return Instruction(result, op, args, predicate, negated, otherwise.strip() if otherwise else None)
 
@@ -185,7 +196,9 @@ def _scalar(result: str, op: str, rest: str) -> Instruction:
 def _dma(result: str, op: str, rest: str, raw: str) -> Instruction:
     _, predicate, negated, _ = _predicate(rest)
     size = _DMA_SIZE.search(raw)
-    return Instruction(result, op, (size[1],) if size else (), predicate, negated)
+    ends = _DMA_ENDS.search(raw) if op.endswith("_to_smem") else None
+    args = ((size[1],) if size else ()) + (ends.groups() if ends else ())
+    return Instruction(result, op, args, predicate, negated)
 
 
 def _branch(rest: str) -> Branch:

@@ -4,7 +4,8 @@ Grid loops, `fori_loop`s, nested pipelines and bodies under `pl.when` are all st
 constants that stand in the bundles. Executing just that arithmetic tells how often every bundle issues, which
 DMAs really start (a block that stays in place is not fetched again), and in which order the matrix
 instructions reach their units. What it cannot know are values that come from the kernel's data; a branch on
-one is not taken forwards (the body is charged) and is an error backwards (the trip count is unknown).
+one is not taken forwards (the body is charged) and is an error backwards (the trip count is unknown). Inputs
+of whole numbers that steer a kernel, such as which blocks it visits, can be given for that.
 
 Time: one bundle per cycle, but a run of bundles between two branches lasts at least as long as its matrix
 instructions hold the busiest MXU. The compiler's schedule does not see to that: it may issue them faster than
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from bench.bundles import UNITS, Branch, Instruction, Kernel
 
@@ -76,20 +77,24 @@ class _Block:
     branch: Branch | None
 
 
-def replay(kernel: Kernel, timing: Timing, core: int = 0) -> Cost:
+# Inputs of a kernel that are known, by their number: whole numbers in the order in which they lie in memory.
+Known = Mapping[int, Sequence[int]]
+
+
+def replay(kernel: Kernel, timing: Timing, core: int = 0, known: Known | None = None) -> Cost:
     """The cost of `kernel` on core number `core` of its device.
 
     Raises UnknownTripCount where a loop's end depends on data, and ValueError where the program does not end.
     """
-    return _Run(kernel, timing, core).cost()
+    return _Run(kernel, timing, core, known or {}).cost()
 
 
 class _Run:
-    def __init__(self, kernel: Kernel, timing: Timing, core: int):
+    def __init__(self, kernel: Kernel, timing: Timing, core: int, known: Known):
         self._kernel, self._timing = kernel, timing
         self._blocks: dict[tuple[int, bool], _Block] = {}
         self._visits: dict[tuple[int, bool], int] = {}
-        self._scalars = _Scalars(core)
+        self._scalars = _Scalars(core, kernel.inputs, known)
         self._assumed = 0
 
     def cost(self) -> Cost:
@@ -163,10 +168,14 @@ class _Run:
 class _Scalars:
     """The scalar unit: values, predicates and scalar memory. None stands for what is not known."""
 
-    def __init__(self, core: int):
+    def __init__(self, core: int, inputs: Sequence[tuple[str, int]], known: Known):
         self.traffic: dict[str, int] = {}
         self._core = core
-        self._values: dict[str, object] = {}
+        self._known = known
+        # One that is a number and not an array is in a scalar register.
+        self._values: dict[str, object] = {
+            name: known[i][0] if len(known[i]) == 1 else (f"input {i}", 0) for name, i in inputs if i in known
+        }
         self._written: dict[str, int] = {}  # when each value was last written: what a phi picks by
         self._memory: dict[object, object] = {}
         self._step = 0
@@ -229,7 +238,17 @@ class _Scalars:
         if not isinstance(size, int):
             raise ValueError(f"A DMA ({i.op}) of a size that depends on data cannot be priced.")
         kind = i.op.removeprefix("dma.")
+        if len(i.args) == 3 and does:
+            self._fill(*map(self.value, i.args[1:]))
         self.traffic[kind] = self.traffic.get(kind, 0) + size * GRANULE_BYTES
+
+    def _fill(self, source: object, target: object) -> None:
+        """Scalar memory with a known input, whose DMA starts."""
+        if not (isinstance(source, tuple) and isinstance(target, tuple)):
+            return
+        index = str(source[0]).removeprefix("input ")
+        for at, value in enumerate(self._known.get(int(index), ()) if index.isdigit() else ()):
+            self._memory[(target[0], target[1] + at)] = value
 
     def _store(self, i: Instruction, does: object) -> None:
         if does is False:
@@ -313,6 +332,8 @@ def _compute(op: str, operands: list) -> object:
         return _logic(name, operands)
     if name == "sadd":
         return _add(*operands)
+    if name == "sshll" and isinstance(operands[0], tuple):
+        return operands[0]  # an address, counted in smaller units
     if len(operands) != 2 or not all(isinstance(o, int) for o in operands):
         return None
     a, b = operands

@@ -41,6 +41,8 @@ TOPOLOGY: Mapping[str, str] = {
 _DEVICE_CORES = {"v5p": 2}
 _DELAY_SLOTS = {"v7x": 6}
 _MXUS = {128: 4, 256: 2}  # per core, by the columns of one
+# Known inputs of the kernels whose names start with the key.
+KnownOf = Mapping[str, replay.Known]
 _FILES = re.compile(r"^\d+-(.*)-\d+-final_bundles\.txt$")
 _DUMP_FLAGS = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=^final"
 LOCATIONS = re.compile(r"\\22debug_locations\\22: \\22[^\\]*\\22")
@@ -193,12 +195,15 @@ def price(
     *args: Any,
     cache: Cache | None = None,
     row_major: bool = False,
+    known: KnownOf | None = None,
 ) -> ProgramCost:
     """The static cost of `fn` on one jax device of `chip`. `dump` is the folder that `prepare` was given.
 
     With `row_major` the first argument and the results lie row by row, as they do between two kernels. Else
     XLA chooses, for the program alone, the layout that pads least, and turns a matrix with 576 columns round
     before and after a kernel.
+
+    `known` gives those inputs of a kernel, by its name, that are data and steer it: see replay.py.
 
     With a `cache`, a program that was priced before is not compiled again: the same text for the TPU compiler
     has the same price, wherever in the sources it comes from.
@@ -208,13 +213,15 @@ def price(
     spec = chips.chip(chip)
     lowered = lower_for(chip, fn, *args, row_major=row_major)
     key = _key(spec, lowered.as_text())
+    if known is not None:
+        key += f" {hashlib.sha256(repr(sorted(known.items())).encode()).hexdigest()}"
     if cache and (known := cache.get(key)):
         return ProgramCost(chip, tuple(OpCost(**op) for op in known))
     if dump is not None:
         clear(dump)
     text = lowered.compile().as_text()
     parsed = dumped(dump) if dump is not None else {}
-    cost = ProgramCost(chip, tuple(_op_cost(spec, op, parsed) for op in hlo.ops(text)))
+    cost = ProgramCost(chip, tuple(_op_cost(spec, op, parsed, known or {}) for op in hlo.ops(text)))
     if cache:
         cache.put(key, [dataclasses.asdict(op) for op in cost.ops])
     return cost
@@ -246,7 +253,7 @@ def dumped(dump: str) -> dict[str, str]:
     return found
 
 
-def _op_cost(chip: Chip, op: hlo.Op, files: Mapping[str, str]) -> OpCost:
+def _op_cost(chip: Chip, op: hlo.Op, files: Mapping[str, str], known: KnownOf) -> OpCost:
     bandwidth = device_bandwidth(chip)
     if not op.is_kernel:
         cycles = (op.estimated_cycles or 0) * op.times
@@ -254,7 +261,9 @@ def _op_cost(chip: Chip, op: hlo.Op, files: Mapping[str, str]) -> OpCost:
         return OpCost(op.name, False, cycles, cycles, moved, cycles / chip.ghz / 1e3, moved / bandwidth * 1e6)
     if op.name not in files:
         raise ValueError(f"The compiler dumped no bundles for {op.name!r}; it dumped {sorted(files)}.")
-    cores = [replay_file(chip, op.name, files[op.name], core) for core in range(device_cores(chip))]
+    data = next((data for name, data in known.items() if op.name.startswith(name)), None)
+    path = files[op.name]
+    cores = [replay_file(chip, op.name, path, core, data) for core in range(device_cores(chip))]
     slowest = max(cores, key=lambda cost: cost.cycles)
     moved = (op.hbm_bytes + sum(cost.hbm_bytes for cost in cores)) * op.times
     cycles = slowest.cycles * op.times
@@ -273,7 +282,9 @@ def _op_cost(chip: Chip, op: hlo.Op, files: Mapping[str, str]) -> OpCost:
     )
 
 
-def replay_file(chip: Chip, name: str, path: str, core: int = 0) -> replay.Cost:
+def replay_file(
+    chip: Chip, name: str, path: str, core: int = 0, known: replay.Known | None = None
+) -> replay.Cost:
     """The cost of the kernel whose final bundles are in `path`, on one core of the chip."""
     units = glob.glob(
         os.path.join(
@@ -283,4 +294,4 @@ def replay_file(chip: Chip, name: str, path: str, core: int = 0) -> replay.Cost:
     )
     text = pathlib.Path(units[0]).read_text() if units else ""
     timing = replay.Timing(lambda e: occupancy(chip, e), _DELAY_SLOTS.get(chip.name, 4))
-    return replay.replay(bundles.parse(name, pathlib.Path(path).read_text(), text), timing, core)
+    return replay.replay(bundles.parse(name, pathlib.Path(path).read_text(), text), timing, core, known)
