@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from qwix_kernels.problem import RowQuantize
 
 from qwix._src.core import qarray, qt_scaling, stochastic_rounding
+from qwix._src.core.calibration import HowToQuantize
 from qwix._src.core.dot_general import dot_general
 from qwix._src.core.dot_general_qt import DotGeneralQtConfig, dot_general_qt
 
@@ -28,15 +30,15 @@ def operands():
     return x, w * jnp.exp2(jnp.arange(24) % 7), g
 
 
-def rows_of(f, *args) -> list[RowQuantize | None]:
-    """How each matmul of a program quantizes its rows."""
+def problems_of(name: str, f, *args) -> list:
+    """What the ops called `name` of a program compute."""
     text = jax.make_jaxpr(f)(*args)
     found = []
 
     def visit(jaxpr):
         for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "qwix_matmul":
-                found.append(eqn.params["problem"].quantize_lhs)
+            if eqn.primitive.name == name:
+                found.append(eqn.params["problem"])
             for value in eqn.params.values():
                 inner = getattr(value, "jaxpr", value)
                 if hasattr(inner, "eqns"):
@@ -44,6 +46,11 @@ def rows_of(f, *args) -> list[RowQuantize | None]:
 
     visit(text.jaxpr)
     return found
+
+
+def rows_of(f, *args) -> list[RowQuantize | None]:
+    """How each matmul of a program quantizes its rows."""
+    return [problem.quantize_lhs for problem in problems_of("qwix_matmul", f, *args)]
 
 
 def gradient(noise=None):
@@ -121,3 +128,36 @@ def test_columns_without_a_kernel_are_multiplied_first():
     q = qarray.quantize(w, qarray.HowToQuantize(qtype="int8", channelwise_axes=(1,)))
     got = dot_general(x, q, DENSE, act_how=how, act_columns=columns)
     np.testing.assert_array_equal(got, dot_general(x * columns, q, DENSE, act_how=how))
+
+
+def test_a_weight_is_read_once_for_its_scale_and_its_values():
+    """By one op, which gives what two passes would."""
+    f, (x, w) = gradient()
+    (problem,) = problems_of("qwix_quantize", f, x, w)
+    assert (problem.rows, problem.columns, problem.scale_of) == (16, 24, "columns")
+    how = HowToQuantize(qtype="int8", channelwise_axes=(1,))
+    assert qt_scaling.fits_one_pass(w, how)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        got = jax.jit(qt_scaling.quantize_in_one_pass, static_argnums=1)(w.astype(dtype), how)
+        want = jax.jit(qarray.quantize, static_argnums=1)(w.astype(dtype), how)
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"qtype": "int3"},
+        {"qtype": "nf4"},
+        {"qtype": "int8", "calibration_method": "rms,3"},
+        {"qtype": "int8", "calibration_method": "absmax,0.9"},
+        {"qtype": "int8", "tiled_axes": {0: 32}},
+        {"qtype": "int8", "channelwise_axes": ()},
+        {"qtype": "int8", "channelwise_axes": (0, 1)},
+    ],
+)
+def test_what_takes_two_passes(how):
+    _, w, _ = operands()
+    assert not qt_scaling.fits_one_pass(w, HowToQuantize(**({"channelwise_axes": (1,)} | how)))

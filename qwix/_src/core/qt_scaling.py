@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from qwix_kernels import quantize as quantize_kernel
 
 from qwix._src.core import layout, numerics, qarray
 from qwix._src.core.calibration import HowToQuantize
@@ -28,6 +29,22 @@ def quantize_rows(x: jax.Array, how: HowToQuantize, columns: jax.Array | None = 
     scale = jnp.where(scale < np.sqrt(np.finfo(np.float32).tiny), np.float32(1), scale)
     scaled = _times(widened(x, scale), 1 / scale)
     return QArray(numerics.convert_to(scaled, how.qtype), scale, None, how.qtype)
+
+
+def fits_one_pass(x: jax.Array, how: HowToQuantize) -> bool:
+    """Whether `quantize_in_one_pass` takes it: a matrix with a scale by row or by column, to bytes."""
+    plain = how.calibration_method == "absmax" and not how.tiled_axes and how.noise_fn is None
+    is_matrix = x.ndim == 2 and len(how.channelwise_axes) == 1 and x.dtype in (jnp.bfloat16, jnp.float32)
+    return plain and is_matrix and not isinstance(how.qtype, str) and how.qtype.itemsize == 1
+
+
+def quantize_in_one_pass(x: jax.Array, how: HowToQuantize) -> QArray:
+    """`qarray.quantize`, to the bit, of what fits. Where a kernel does it, x is read once and not twice."""
+    (axis,) = how.channelwise_axes
+    scale_of = "columns" if axis % 2 else "rows"
+    bound = numerics.get_symmetric_bound(how.qtype)
+    values, scale = quantize_kernel.quantize(x[None], how.qtype, bound, scale_of)
+    return QArray(values[0], scale[0], None, how.qtype)
 
 
 def widened(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ owns them.
 What is quantized here is written so that XLA passes over it as rarely as it can: on a TPU, those passes are
 what quantized training loses of what its matmuls gain.
 - An operand that the backward pass needs as well is quantized once: a barrier keeps XLA from computing it
-  again for each of its users.
+  again for each of its users. A weight is read once for that (`qwix_kernels.quantize`).
 - A gradient that is quantized for both products is quantized along rows for one and along columns for the
   other where it is made, from one read. Only a gradient that one product needs is left to its matmul.
 - Values are converted to float32 where they are scaled and not before (qt_scaling.py).
@@ -131,8 +131,8 @@ def contract(op: Op, lhs: Operand, rhs: Operand, config: QtConfig, extra: Any, d
         if how is None or not _is_float(x):
             continue
         collect = getattr(config, f"{side}_collect_quant_stat")
-        if side == "lhs" and collect is None and op.on_the_way(x, rhs, how):
-            continue  # found where the values are rounded
+        if collect is None and _found_while_rounding(op, side, x, rhs, how):
+            continue
         calibrations[side] = qarray.calibrate(jax.lax.stop_gradient(x), how)
         if collect is not None:
             calibrations[side] = jax.lax.stop_gradient(collect(calibrations[side]))
@@ -151,6 +151,11 @@ def contract(op: Op, lhs: Operand, rhs: Operand, config: QtConfig, extra: Any, d
     layouts = explicit_mesh.sharding_of(lhs), explicit_mesh.sharding_of(rhs)
     call = _Call(op, static, jnp.dtype(dtype), dtypes, layouts, noises)
     return _contract(call, operands["lhs"], operands["rhs"], calibrations, functions, extra)
+
+
+def _found_while_rounding(op: Op, side: Side, x: jax.Array, rhs: Operand, how: HowToQuantize) -> bool:
+    """Whether the range of an operand needs no pass of its own."""
+    return op.on_the_way(x, rhs, how) if side == "lhs" else qt_scaling.fits_one_pass(x, how)
 
 
 def forward_how(op: Op, config: QtConfig, side: Side) -> HowToQuantize | None:
@@ -241,6 +246,8 @@ def _quantized(
         if side in calibrations:
             scale, zero_point = qarray.compute_scale_zero_point(calibrations[side], how.qtype)
             result[side] = qarray.quantize_with_scale_zero_point(x, how.qtype, scale, zero_point)
+        elif side == "rhs":
+            result[side] = qt_scaling.quantize_in_one_pass(x, how)
         elif keep_lhs:
             result[side] = qt_scaling.quantize_rows(x, how)
         else:
