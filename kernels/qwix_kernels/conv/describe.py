@@ -199,8 +199,8 @@ def _epilogue(
     if quantize is not None and quantize.tile_k % out[-1]:
         raise ValueError(f"A result is quantized by whole images, not by tiles of {quantize.tile_k}.")
     _static_scale("out_scale", extras.out_scale, quantize, out)
-    if extras.out_scale is not None and extras.out_scale.shape[-1] != 1:
-        raise ValueError(f"out_scale must be [N or 1, 1, ..., 1], got {extras.out_scale.shape}.")
+    if extras.out_scale is not None and extras.out_scale.size != 1:
+        raise ValueError(f"out_scale must be one for all images, [1, ..., 1], got {extras.out_scale.shape}.")
     if extras.bias is None and activation is None and quantize is None:
         return None
     return Epilogue(bias=extras.bias is not None, activation=activation, quantize=quantize)

@@ -44,6 +44,13 @@ dispatch.register(
     ConvProblem,
     (
         dispatch.Implementation(
+            name="mosaic_tpu",
+            platforms=("tpu",),
+            check=_tpu("check"),
+            estimate=_tpu("estimate"),
+            run=_tpu("run"),
+        ),
+        dispatch.Implementation(
             name="xla",
             platforms=(),
             check=lambda problem, chip: None,

@@ -43,7 +43,7 @@ class ConvExtras:
 
     lhs_scale    [N or 1, 1, ..., tiles of C]  of static quantization of a float lhs
     bias         [O]
-    out_scale    [N or 1, 1, ..., 1]  of static quantization of the result
+    out_scale    [1, ..., 1]  of static quantization of the result
     """
 
     lhs_scale: jax.Array | None = None

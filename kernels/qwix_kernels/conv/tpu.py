@@ -1,0 +1,228 @@
+"""Quantized convolution on a TPU: what the kernels take, with which blocks, and the calls themselves.
+
+    1 x 1       a matmul of the pixels, by the matmul kernel, where reshaping moves nothing and one scale
+                serves all images
+    the rest    one kernel (tpu_kernel.py) under a plan (tpu_plan.py)
+
+Both read images and kernels as they lie in HBM; only scales, which are small, are laid out anew outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qwix_kernels.chips import Chip
+from qwix_kernels.conv import tpu_estimate, tpu_kernel, tpu_pointwise
+from qwix_kernels.conv.problem import NO_EXTRAS, ConvExtras, ConvProblem, Window
+from qwix_kernels.conv.tpu_plan import Plan, make_plan
+from qwix_kernels.dispatch import Estimate
+from qwix_kernels.matmul.tpu_config import LANES, pl_cdiv
+from qwix_kernels.problem import Tensor, dtype_bits
+
+_LHS = ("bfloat16", "float32", "int8", "int4", "float8_e4m3fn", "float8_e5m2")
+_RHS = ("bfloat16", "int8", "int4", "float8_e4m3fn", "float8_e5m2")
+_OUT = ("bfloat16", "float32", "int32")
+_LEAST_FEATURES = 32
+
+
+def check(problem: ConvProblem, chip: Chip) -> None:
+    """Raises NotImplementedError, naming the constraint and the shapes, for what no kernel runs."""
+    p = problem
+
+    def refuse(reason: str) -> None:
+        shapes = f"lhs [{p.batch}, {', '.join(map(str, p.spatial))}, {p.features}] {p.lhs.dtype}, rhs "
+        shapes += f"[{', '.join(map(str, p.kernel))}, {p.inputs}, {p.out_features}] {p.rhs.dtype}"
+        raise NotImplementedError(f"the TPU kernel {reason}; got {shapes} on {chip.name}")
+
+    if chip.platform != "tpu":
+        refuse("runs on TPUs")
+    if len(p.windows) not in (1, 2):
+        refuse("has one or two spatial axes")
+    if 0 in (*p.out_shape, p.k):
+        refuse("has no empty operands")
+    if p.groups > 1:
+        refuse(f"has one feature group, not {p.groups}")
+    if any(w.lhs_dilation > 1 for w in p.windows):
+        refuse("has no holes in the lhs (lhs_dilation)")
+    if p.features < _LEAST_FEATURES:
+        refuse(f"takes at least {_LEAST_FEATURES} input features")
+    for name, x, taken in (("lhs", p.lhs, _LHS), ("rhs", p.rhs, _RHS)):
+        if x.dtype not in taken or x.codebook:
+            refuse(f"takes {', '.join(taken)} as {name}")
+        if x.zero_point:
+            refuse("has no zero points")
+    if p.lhs_tile or p.rhs_tile:
+        refuse(
+            f"has scales of images and output features, not of runs of {p.lhs_tile or p.rhs_tile} features"
+        )
+    if p.quantize_lhs and p.quantize_lhs.dtype not in ("int8", "int4", "float8_e4m3fn", "float8_e5m2"):
+        refuse(f"quantizes images to int8, int4 and float8, not {p.quantize_lhs.dtype}")
+    if p.quantize_lhs and p.quantize_lhs.scale_dtype != "float32":
+        refuse("finds float32 scales")
+    if not p.quantize_lhs and not (p.lhs.is_quantized or p.rhs.is_quantized) and p.out_dtype != "int32":
+        refuse("needs a quantized operand")
+    e = p.epilogue
+    if e and e.quantize and (not e.quantize.static or e.quantize.dtype not in ("int8", "float8_e4m3fn")):
+        refuse("quantizes its result by a static scale, to int8 or float8_e4m3fn")
+    if p.out_dtype not in _OUT and not (e and e.quantize):
+        refuse(f"gives {', '.join(_OUT)}, not {p.out_dtype}")
+    floats = [x for x in (p.lhs, p.rhs) if x.dtype in ("bfloat16", "float32")]
+    if p.precision not in (None, "default") and floats and not p.quantize_lhs:
+        refuse(f"multiplies floats in bfloat16, not with precision {p.precision!r}")
+    if tpu_pointwise.takes(p, chip):
+        return
+    if not any(True for _ in fitting(_planar(p), chip)):
+        refuse("finds no blocks that its VMEM holds: it keeps whole images there")
+
+
+def estimate(problem: ConvProblem, chip: Chip, config: None = None) -> Estimate:
+    """Static cost on one core."""
+    if tpu_pointwise.takes(problem, chip):
+        return tpu_pointwise.estimate(problem, chip)
+    return tpu_estimate.estimate(best(_planar(problem), chip), chip)
+
+
+@functools.lru_cache(maxsize=4096)
+def best(problem: ConvProblem, chip: Chip) -> Plan:
+    """The plan with the least static time, of a problem with two spatial axes."""
+    return min(fitting(problem, chip), key=lambda plan: tpu_estimate.estimate(plan, chip).static_us)
+
+
+def fitting(p: ConvProblem, chip: Chip) -> Iterator[Plan]:
+    """Plans that the chip's VMEM holds."""
+    width = max(p.out[1], *(pl_cdiv(p.windows[1].size, w.stride) for w in p.windows[1:]))
+    pitches = {pl_cdiv(width, unit) * unit for unit in (8, 16, 32)}
+    columns = {p.out_features} | {n for n in (128, 256, 512, 640) if n < p.out_features}
+    for pitch in sorted(pitches):
+        for images in (n for n in (1, 2, 4, 8, 16) if n <= p.batch):
+            for rows in range(1, 513 // pitch + 1):
+                if rows * pitch % 32 or rows * pitch > 512:
+                    continue
+                for block_n in columns:
+                    try:
+                        yield make_plan(p, chip, pitch, images, rows, block_n)
+                    except NotImplementedError:
+                        continue
+
+
+def _planar(p: ConvProblem) -> ConvProblem:
+    """With two spatial axes."""
+    return p if len(p.windows) == 2 else dataclasses.replace(p, windows=(Window(1, 1), *p.windows))
+
+
+def run(
+    problem: ConvProblem,
+    lhs: Tensor,
+    rhs: Tensor,
+    extras: ConvExtras = NO_EXTRAS,
+    *,
+    config: None = None,
+    chip: Chip,
+    interpret: Any = False,
+    plan: Plan | None = None,
+) -> jax.Array | Tensor:
+    """[N, *out, O] in `problem.out_dtype`; a `Tensor` where the result is quantized.
+
+    Args:
+      problem: describes the operands; `check(problem, chip)` must have passed.
+      lhs, rhs, extras: see problem.py.
+      chip: the chip to compile for.
+      interpret: a `pltpu.InterpretParams` runs the kernel on the CPU.
+      plan: instead of the best one.
+    """
+    if plan is None and tpu_pointwise.takes(problem, chip):
+        out = tpu_pointwise.run(problem, lhs, rhs, extras, chip=chip, interpret=interpret)
+    else:
+        out = _run(plan or best(_planar(problem), chip), lhs, rhs, extras, chip, interpret)
+    out = out.reshape(problem.out_shape)
+    return Tensor(out, extras.out_scale) if problem.epilogue and problem.epilogue.quantize else out
+
+
+def _run(plan: Plan, lhs: Tensor, rhs: Tensor, extras: ConvExtras, chip: Chip, interpret: Any) -> jax.Array:
+    p = plan.problem
+    names, arrays, specs = zip(*_operands(plan, lhs, rhs, extras), strict=True)
+    scratch = _scratch(plan)
+    out = jax.ShapeDtypeStruct(p.out_shape, jnp.dtype(p.out_dtype))
+    block = pl.BlockSpec((plan.images, plan.out_rows, plan.pitch, plan.block_n), lambda b, j: (b, 0, 0, j))
+    moved = sum(a.size * dtype_bits(a.dtype.name) // 8 for a in (*arrays, out))
+    flops = 2 * out.size * p.k
+    return pl.pallas_call(
+        functools.partial(tpu_kernel.kernel, plan, bool(interpret), (*names, "out", *scratch)),
+        grid=plan.grid,
+        in_specs=specs,
+        out_specs=block,
+        out_shape=out,
+        scratch_shapes=tuple(scratch.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=int(0.95 * chip.vmem_bytes),
+        ),
+        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
+        interpret=interpret,
+        name=f"qwix_{p.scheme.replace(' ', '_')}",
+    )(*arrays)
+
+
+def _operands(
+    plan: Plan, lhs: Tensor, rhs: Tensor, extras: ConvExtras
+) -> list[tuple[str, jax.Array, pl.BlockSpec]]:
+    """(name in the kernel, array, block) of everything the kernel reads."""
+    p, n = plan.problem, plan.problem.batch
+    images, columns = plan.images, plan.block_n
+    x = lhs.values.reshape(n, *p.spatial, p.features)
+    block = (images, plan.block_rows, plan.block_columns, p.features)
+    out = [("lhs", x, pl.BlockSpec(block, lambda b, j: (b, 0, 0, 0)))]
+    weights = rhs.values.reshape(p.k, p.out_features)
+    out.append(("rhs", weights, pl.BlockSpec((p.k, columns), lambda b, j: (0, j))))
+    scale = None if rhs.scale is None else rhs.scale.astype(jnp.float32).reshape(1, -1)
+    of_image = extras.lhs_scale if plan.quantizes else lhs.scale
+    if of_image is not None:
+        of_image = of_image.astype(jnp.float32).reshape(-1, 1, 1)
+        if of_image.shape[0] == 1 and not plan.quantizes:  # one for all images rides on the kernel's
+            scale, of_image = of_image[0] if scale is None else scale * of_image[0], None
+    row = lambda v: jnp.broadcast_to(
+        jnp.repeat(v, p.out_features // v.shape[1], axis=1) if v.shape[1] > 1 else v, (1, p.out_features)
+    )
+    across = pl.BlockSpec((1, columns), lambda b, j: (0, j))
+    if scale is not None:
+        out.append(("rhs_scale", row(scale), across))
+    if of_image is not None:
+        of_image = jnp.repeat(of_image, n // of_image.shape[0], axis=0)
+        wide = jnp.broadcast_to(of_image, (n, 1, LANES))
+        out.append(("lhs_scale", wide, pl.BlockSpec((images, 1, LANES), lambda b, j: (b, 0, 0))))
+    if extras.bias is not None:
+        out.append(("bias", extras.bias.astype(jnp.float32).reshape(1, -1), across))
+    if extras.out_scale is not None:
+        out.append(("out_scale", row(extras.out_scale.astype(jnp.float32).reshape(1, 1)), across))
+    masks = tpu_kernel.mask_array(plan)
+    if masks is not None:
+        out.append(("masks", jnp.asarray(masks), pl.BlockSpec(masks.shape, lambda b, j: (0, 0, 0))))
+    return out
+
+
+def _scratch(plan: Plan) -> dict[str, Any]:
+    p = plan.problem
+    names = [tpu_kernel.flat_name(phase) for phase in plan.phases]
+    names += [f"copy{i}" for i in range(len(plan.copies))]
+    out: dict[str, Any] = {
+        name: pltpu.VMEM((plan.lane_groups, plan.length // plan.per_word, min(p.features, LANES)), jnp.int32)
+        for name in names
+    }
+    if plan.widens_rhs:
+        out["rhs_ready"] = pltpu.VMEM((p.k, plan.block_n), jnp.dtype(plan.rhs_dot))
+    if plan.finds_scale:
+        out["found"] = pltpu.VMEM((plan.images, 1, LANES), jnp.float32)
+    if plan.images > 1 and (plan.finds_scale or p.lhs.is_quantized or plan.quantizes):
+        out["row_scale"] = pltpu.VMEM((plan.body, LANES), jnp.float32)
+    if plan.splits:
+        wide = jnp.int32 if jnp.issubdtype(p.lhs.dtype, jnp.integer) else jnp.float32
+        out["line"] = pltpu.VMEM((plan.stage_rows, plan.block_columns, min(p.features, LANES)), wide)
+    return out

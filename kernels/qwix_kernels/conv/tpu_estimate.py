@@ -1,0 +1,72 @@
+"""What the TPU kernel costs: analytic, from static facts.
+
+The constants were read from the compiler's final bundles (`python -m bench.price --suite conv`).
+"""
+
+from __future__ import annotations
+
+from qwix_kernels.chips import Chip
+from qwix_kernels.conv import cost
+from qwix_kernels.conv.tpu_plan import Plan
+from qwix_kernels.dispatch import Estimate
+from qwix_kernels.matmul.tpu_config import LANES, pl_cdiv
+from qwix_kernels.matmul.tpu_plan import is_fp8
+from qwix_kernels.problem import Epilogue, dtype_bits
+
+# Vector operations per 1024 elements of 32 bits.
+_ABSMAX = {False: 2.5, True: 1.0}
+_QUANTIZE, _STAGE, _WORD, _END = 5.0, 1.5, 4.0, 4.0
+_SPLIT = 3.0
+_ACTIVATION = {None: 0.0, "relu": 1.0, "relu6": 2.0, "silu": 8.0, "gelu_tanh": 12.0, "gelu": 30.0}
+_NOT_HIDDEN = 0.4  # of the lesser of matrix work and what follows it
+_STEP, _CHUNK = 400, 60  # cycles
+
+
+def estimate(plan: Plan, chip: Chip) -> Estimate:
+    """Static cost of a plan on one core."""
+    compute, memory = compute_cycles(plan, chip) / (chip.ghz * 1e3), memory_us(plan, chip)
+    note = (
+        f"{plan.lhs_dot} x {plan.rhs_dot}, {plan.images} images of pitch {plan.pitch}, "
+        f"chunks of {plan.chunk}, {plan.block_n} columns, {len(plan.copies)} copies"
+    )
+    return Estimate(compute, memory, max(compute, memory), max(cost.floor(plan.problem, chip)), note)
+
+
+def compute_cycles(plan: Plan, chip: Chip) -> float:
+    """Of all grid steps."""
+    p = plan.problem
+    blocks, columns = plan.grid
+    lanes = pl_cdiv(p.features, LANES) * LANES
+    # The dots of a step.
+    deep = pl_cdiv(p.k, chip.mxu) * chip.mxu
+    wide = pl_cdiv(plan.block_n, chip.mxu) * chip.mxu
+    places = plan.chunks * plan.chunk
+    rate = {"int8": chip.int8}.get(plan.lhs_dot, chip.bf16)
+    if is_fp8(plan.lhs_dot) and is_fp8(plan.rhs_dot):
+        rate = max(chip.fp8, chip.bf16)
+    matrix = 2 * places * deep * wide / (rate * 1e3) * chip.ghz
+    e = p.epilogue or Epilogue()
+    after = _END + _ACTIVATION[e.activation] + e.bias + 3 * (e.quantize is not None) + (plan.images > 1)
+    out = places * pl_cdiv(plan.block_n, LANES) * LANES / 1024
+    vector = after * out / 4
+    dots = max(matrix, vector) + _NOT_HIDDEN * min(matrix, vector) + _CHUNK * plan.chunks
+    # Staging, once for all blocks of columns.
+    values = plan.images * plan.block_rows * plan.block_columns * lanes / 1024
+    stage = _STAGE + _QUANTIZE * plan.quantizes + _SPLIT * plan.splits
+    stage += _ABSMAX[plan.bf16_math and p.lhs.dtype == "bfloat16"] * plan.finds_scale
+    copied = len(plan.copies) * plan.length * lanes / 1024 * dtype_bits(plan.lhs_dot) / 32
+    staging = (stage * values + _WORD * copied) / 4
+    if plan.widens_rhs:
+        dots += 3.0 * p.k * plan.block_n / 1024 / 4
+    return blocks * (columns * (dots + _STEP) + staging)
+
+
+def memory_us(plan: Plan, chip: Chip) -> float:
+    """Bytes that the blocks move over the bandwidth, with the sublanes that widths are padded to."""
+    p = plan.problem
+    blocks, columns = plan.grid
+    up = lambda size: pl_cdiv(size, 8) * 8
+    lhs = cost.lhs_bytes(p) * up(p.spatial[-1]) / p.spatial[-1]
+    rhs = cost.rhs_bytes(p) * (blocks if columns > 1 else 1)
+    out = cost.result_bytes(p) * up(p.out[-1]) / p.out[-1]
+    return (lhs + rhs + out) / (chip.hbm_gbps * 1e3)

@@ -1,0 +1,330 @@
+"""The body of the TPU convolution kernel: one grid step of a `tpu_plan.Plan`.
+
+The grid is (blocks of images, blocks of output features). In one step:
+    1. on the first block of output features the images are staged: quantized where the plan says so, laid out
+       flat phase by phase, with the shifted copies that the taps read (`stage`);
+    2. chunk by chunk, the taps stand side by side along C and one dot gives the sums of all of them;
+    3. scales, bias and activation go on; the result is rounded once, or quantized.
+
+What lies in the result's block past the image, and columns past its width, is cut off by the store.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qwix_kernels.conv.tpu_plan import Copy, Plan
+from qwix_kernels.matmul import tpu_values as values
+from qwix_kernels.matmul.elementwise import activate, row_scale
+from qwix_kernels.matmul.tpu_config import LANES
+from qwix_kernels.problem import dtype_bits
+
+Refs = dict[str, Any]
+
+
+def kernel(plan: Plan, emulate: bool, names: tuple[str, ...], *refs: Any) -> None:
+    """One grid step. `names` says which refs there are: see `tpu.run`."""
+    r = dict(zip(names, refs, strict=True))
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        stage(plan, r)
+
+    if plan.widens_rhs:
+        _widen_rhs(plan, r)
+
+    @pl.loop(0, plan.chunks)
+    def _(i):
+        _chunk(plan, emulate, r, i)
+
+
+# --- staging
+
+
+def stage(plan: Plan, r: Refs) -> None:
+    """The images of the block, flat, with their copies and their scales."""
+    _zero_borders(plan, r)
+    for image in range(plan.images):
+        inverse = _scale(plan, r, image)
+        for phase in plan.phases:
+            _stage_phase(plan, r, image, phase, inverse)
+    for copy in plan.copies:
+        _stage_copy(plan, r, copy)
+
+
+def _zero_borders(plan: Plan, r: Refs) -> None:
+    """Zeros where taps read above, between and below the images."""
+    buffers = [r[flat_name(phase)] for phase in plan.phases]
+    gaps = [(0, plan.lead)]
+    for image in range(plan.images):
+        staged = image * plan.rows + -(-plan.phase_rows // plan.stage_rows) * plan.stage_rows
+        end = (image + 1) * plan.rows
+        if end > staged and image + 1 < plan.images:
+            gaps.append((plan.lead + staged * plan.pitch, (end - staged) * plan.pitch))
+    start = plan.lead + plan.staged_rows * plan.pitch
+    gaps.append((start, plan.length - start))
+    for buffer in buffers:
+        for at, size in gaps:
+            words = slice(at // plan.per_word, (at + size) // plan.per_word)
+            for group in range(plan.lane_groups):
+                buffer[group, words, :] = jnp.zeros((size // plan.per_word, buffer.shape[2]), jnp.int32)
+
+
+def flat_name(phase: tuple[int, int]) -> str:
+    return f"flat{phase[0]}_{phase[1]}"
+
+
+def _scale(plan: Plan, r: Refs, image: int) -> jax.Array | None:
+    """1 / scale of an image, [1, 1], where it is quantized here; the scale is kept for the sums."""
+    scale = None
+    if plan.finds_scale:
+        scale = row_scale(_absmax(plan, r["lhs"], image), plan.problem.quantize_lhs)
+        r["found"][image, :, :] = jnp.broadcast_to(scale, r["found"].shape[1:])
+    elif "lhs_scale" in r:
+        scale = r["lhs_scale"][image, :1, :1]
+    if scale is not None and plan.images > 1:
+        rows = pl.ds(image * plan.rows * plan.pitch, plan.rows * plan.pitch)
+        r["row_scale"][rows, :] = jnp.broadcast_to(scale, (plan.rows * plan.pitch, LANES))
+    if not plan.quantizes:
+        return None
+    assert scale is not None and plan.problem.quantize_lhs is not None
+    return values.inverse(scale, plan.problem.quantize_lhs)
+
+
+def _absmax(plan: Plan, x: Any, image: int) -> jax.Array:
+    """max |x| of an image, [1, 1]; what the block holds past the image does not count."""
+    h, w = plan.windows
+    whole = w.size // 16 * 16
+    parts = [slice(0, whole)] * (whole > 0) + [slice(whole, plan.block_columns)] * (w.size > whole)
+    packed = plan.bf16_math and x.dtype == jnp.bfloat16
+
+    def size(row: Any, part: slice) -> jax.Array:
+        v = x[image, row, part, :]
+        v = jnp.abs(v if packed else v.astype(jnp.float32))
+        if part.stop > w.size:
+            column = lax.broadcasted_iota(jnp.int32, v.shape, 0) + part.start
+            v = jnp.where(column < w.size, v.astype(jnp.float32), 0).astype(v.dtype)
+        return v
+
+    def step(row: jax.Array, tops: list[jax.Array]) -> list[jax.Array]:
+        return [jnp.maximum(top, size(row, part)) for top, part in zip(tops, parts, strict=True)]
+
+    tops = lax.fori_loop(1, h.size, step, [size(0, part) for part in parts])
+    found = [jnp.max(top.astype(jnp.float32), axis=(0, 1), keepdims=True) for top in tops]
+    return found[0] if len(found) == 1 else jnp.maximum(found[0], found[1])
+
+
+def _stage_phase(plan: Plan, r: Refs, image: int, phase: tuple[int, int], inverse: jax.Array | None) -> None:
+    """One phase of an image, into its flat array; rows past the image are zero."""
+    count, height = plan.stage_rows, plan.phase_size(phase)[0]
+    per = plan.per_word
+    start = (plan.lead + image * plan.rows * plan.pitch) // per
+
+    def write(group: Any, past: int) -> None:
+        at = group * (plan.period // per)
+        at = pl.multiple_of(at, 8) if isinstance(at, jax.Array) else at
+        for i, lanes in enumerate(plan.lanes):
+            v = _rows(plan, r, image, phase, group, lanes, inverse)
+            if past:
+                v = v.astype(jnp.int32 if jnp.issubdtype(v.dtype, jnp.integer) else jnp.float32)
+                row = lax.broadcasted_iota(jnp.int32, v.shape, 0)
+                v = jnp.where(row < (count - past) * plan.pitch, v, jnp.zeros_like(v))
+            words = pltpu.bitcast(values.narrow(v, plan.lhs_dot), jnp.int32)
+            r[flat_name(phase)][i, pl.ds(start + at, plan.period // per), : words.shape[1]] = words
+
+    whole, groups = height // count, -(-plan.phase_rows // count)
+
+    @pl.loop(0, whole)
+    def _(group):
+        write(group, 0)
+
+    for group in range(whole, groups):
+        write(group, min(count, count - (height - group * count)))
+
+
+def _rows(
+    plan: Plan,
+    r: Refs,
+    image: int,
+    phase: tuple[int, int],
+    group: Any,
+    lanes: slice,
+    inverse: jax.Array | None,
+) -> jax.Array:
+    """`stage_rows` rows of a phase, [rows * pitch, lanes], quantized; in 32 bits, or as they go on."""
+    h, w = plan.windows
+    q, x = plan.problem.quantize_lhs, r["lhs"]
+    wide = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
+    if not plan.splits:
+        v = x[image, pl.ds(group * plan.stage_rows, plan.stage_rows), : plan.pitch, lanes]
+        as_it_is = q is None and x.dtype == jnp.dtype(plan.lhs_dot) and plan.pitch % plan.unit == 0
+        v = (v if as_it_is else v.astype(wide)).reshape(-1, v.shape[2])
+    else:
+        lines = []
+        for i in range(plan.stage_rows):
+            row = (group * plan.stage_rows + i) * h.stride + phase[0]
+            r["line"][i, :, : lanes.stop - lanes.start] = x[image, row, :, lanes].astype(wide)
+            line = r["line"][i, pl.ds(phase[1], plan.pitch, stride=w.stride), : lanes.stop - lanes.start]
+            lines.append(line)
+        v = lines[0] if len(lines) == 1 else jnp.concatenate(lines, axis=0)
+    if q is not None:
+        v = values.quantize(v * inverse, q)
+    return v
+
+
+def _stage_copy(plan: Plan, r: Refs, copy: Copy) -> None:
+    """A shifted copy of a flat image, word by word: 4 (or 2) rows lie in one word of 32 bits.
+
+    Word i of the copy has rows of words i + words and i + words + 1; both loads may start at any sublane,
+    as the lanes of one register lie in an array of their own.
+    """
+    per = plan.per_word
+    words, left = copy.shift // per, copy.shift % per * (32 // per)
+    source, target = r[flat_name(copy.phase)], r[name_of(plan, copy)]
+    masks = mask(plan, copy)
+    count = plan.period // per
+
+    def write(group: int, at: Any) -> None:
+        low = source[group, pl.ds(at + words, count), :]
+        if left:
+            high = source[group, pl.ds(at + words + 1, count), :]
+            low = lax.shift_right_logical(low, np.int32(left)) | (high << np.int32(32 - left))
+        if masks is not None:
+            low = low & r["masks"][masks, :, : low.shape[1]]
+        target[group, pl.ds(at, count), :] = low
+
+    start = (plan.lead - plan.back()) // per
+
+    @pl.loop(0, (plan.back() + plan.body + plan.ahead) // plan.period)
+    def _(i):
+        for group in range(plan.lane_groups):
+            write(group, start + pl.multiple_of(i * count, 8))
+
+
+def _lanes(x: jax.Array, width: int) -> jax.Array:
+    """[rows, 128], the same in every lane, as [rows, width]."""
+    if width <= LANES:
+        return x[:, :width]
+    whole = jnp.concatenate([x] * -(-width // LANES), axis=1)
+    return whole[:, :width]
+
+
+def name_of(plan: Plan, copy: Copy) -> str:
+    """Of the buffer that a tap reads."""
+    return flat_name(copy.phase) if plan.is_image(copy) else f"copy{plan.copies.index(copy)}"
+
+
+def masked(plan: Plan) -> list[tuple[int, int, int]]:
+    """The different masks: (column shift, skew, width of the phase)."""
+    wanted = [(c.column, c.skew, plan.phase_size(c.phase)[1]) for c in plan.copies if plan.is_masked(c)]
+    return list(dict.fromkeys(wanted))
+
+
+def mask(plan: Plan, copy: Copy) -> int | None:
+    """Which of `masked` a copy needs."""
+    if not plan.is_masked(copy):
+        return None
+    return masked(plan).index((copy.column, copy.skew, plan.phase_size(copy.phase)[1]))
+
+
+def mask_array(plan: Plan) -> np.ndarray | None:
+    """[masks, words, 128] of bits that stay: those of places whose tap lies in their own row."""
+    found = []
+    bits = dtype_bits(plan.lhs_dot)
+    place = np.arange(plan.stage_rows * plan.pitch)
+    for column, skew, width in masked(plan):
+        read = (place + skew) % plan.pitch + column
+        keep = (read >= 0) & (read < width)
+        full = np.where(keep, (1 << bits) - 1, 0).astype(np.uint64).reshape(-1, 32 // bits)
+        words = sum(full[:, i] << np.uint64(bits * i) for i in range(32 // bits))
+        found.append(np.repeat(words.astype(np.uint32).view(np.int32)[:, None], LANES, axis=1))
+    return np.stack(found) if found else None
+
+
+# --- the dots
+
+
+def _widen_rhs(plan: Plan, r: Refs) -> None:
+    """The weights in the matrix unit's dtype, some rows at a time."""
+    rows = plan.problem.k
+    step = 256 if rows % 256 == 0 else rows
+    for lo in range(0, rows, step):
+        w = r["rhs"][lo : lo + step, :]
+        r["rhs_ready"][lo : lo + step, :] = values.narrow(values.widen(w, None), plan.rhs_dot)
+
+
+def _chunk(plan: Plan, emulate: bool, r: Refs, i: jax.Array) -> None:
+    """The sums, and the result, of one chunk of places."""
+    p = plan.problem
+    per = plan.per_word
+    start = plan.lead // per + pl.multiple_of(i * (plan.chunk // per), 8)
+    weights = r["rhs_ready"] if plan.widens_rhs else r["rhs"]
+    total: Any = None
+    for first in range(0, p.taps, plan.exact_taps):
+        taps = range(first, min(first + plan.exact_taps, p.taps))
+        parts = []
+        for tap in taps:
+            copy, at = plan.reads[tap]
+            for group, lanes in enumerate(plan.lanes):
+                words = r[name_of(plan, copy)][group, pl.ds(start + at // per, plan.chunk // per), :]
+                part = pltpu.bitcast(words, jnp.dtype(plan.lhs_dot))
+                parts.append(part[:, : lanes.stop - lanes.start])
+        lhs = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+        rhs = weights[first * p.features : (taps[-1] + 1) * p.features, :]
+        part = _dot(plan, emulate, lhs, rhs)
+        if plan.is_integer:
+            part = part.astype(jnp.int32)
+        total = part if total is None else total + part
+    _finish(plan, r, i, total)
+
+
+def _dot(plan: Plan, emulate: bool, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    dtype = jnp.dtype(plan.partial)
+    if emulate:  # XLA:CPU multiplies neither int4 nor fp8
+        lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
+    precision = lax.Precision.HIGHEST if emulate else None
+    return lax.dot_general(lhs, rhs, (((1,), (0,)), ((), ())), precision, preferred_element_type=dtype)
+
+
+def _finish(plan: Plan, r: Refs, i: jax.Array, total: jax.Array) -> None:
+    """Scales, bias, activation, and the result of a chunk."""
+    e = plan.problem.epilogue
+    z = total
+    scale = r["rhs_scale"][...] if "rhs_scale" in r else None
+    of_image = "lhs_scale" in r or plan.finds_scale
+    if of_image and plan.images == 1:
+        one = r["found" if plan.finds_scale else "lhs_scale"][0, :1, :1]
+        scale = one if scale is None else scale * one
+    if scale is not None:
+        z = z.astype(jnp.float32) * scale
+    if of_image and plan.images > 1:
+        z = z.astype(jnp.float32) * _lanes(r["row_scale"][pl.ds(i * plan.chunk, plan.chunk), :], z.shape[1])
+    if e is not None:
+        z = z.astype(jnp.float32)
+        if e.bias:
+            z = z + r["bias"][...]
+        z = activate(z, e.activation)
+        if e.quantize is not None:
+            z = values.quantize(z * (1.0 / r["out_scale"][...]), e.quantize)
+    _store(plan, r, i, z)
+
+
+def _store(plan: Plan, r: Refs, i: jax.Array, z: jax.Array) -> None:
+    """Some rows of an image, or all rows of some images."""
+    rows, columns = plan.chunk_rows, z.shape[1]
+    z = values.narrow(z.reshape(rows, plan.pitch, columns), plan.problem.out_dtype)
+    if plan.images == 1:
+        r["out"][0, pl.ds(i * rows, rows)] = z
+    elif rows <= plan.rows:
+        each = plan.rows // rows
+        r["out"][i // each, pl.ds(i % each * rows, rows)] = z
+    else:
+        some = rows // plan.rows
+        r["out"][pl.ds(i * some, some)] = z.reshape(some, plan.rows, plan.pitch, columns)
