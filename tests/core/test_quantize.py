@@ -174,10 +174,16 @@ def test_values_that_are_not_finite_are_named(bad):
         qwix.quantize(x, "int8")
 
 
-def test_nan_propagates_through_its_scale_in_a_trace():
-    x = jnp.ones((2, 4)).at[0, 1].set(jnp.nan)
-    y = jax.jit(lambda x: qwix.quantize(x, "int8", channelwise_axes=(0,)).dequantize())(x)
-    assert jnp.isnan(y[0]).all() and not jnp.isnan(y[1]).any()
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("method", ["absmax", "minmax", "rms,3"])
+def test_nan_propagates_through_its_scale_in_a_trace(normal, method, dtype):
+    """In whole registers as well, where XLA:CPU computes maxima that lose it."""
+    for axis, at in ((0, (3, 5)), (1, (5, 3))):
+        x = normal(5, 64, 64, dtype=dtype).at[at].set(jnp.nan)
+        how = {"channelwise_axes": (axis,), "calibration_method": method}
+        y = jax.jit(lambda x, how=how: qwix.quantize(x, "int8", **how).dequantize())(x)
+        lost = jnp.isnan(y).all(axis=1 - axis)
+        assert lost[3] and lost.sum() == 1 and jnp.isnan(y).sum() == 64
 
 
 @pytest.mark.parametrize("array", [jnp.ones(4, jnp.int32), np.ones(4, bool), jnp.ones(4, jnp.int8)])

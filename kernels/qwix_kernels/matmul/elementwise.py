@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwix_kernels.absmax import absmax
 from qwix_kernels.problem import (
     ACTIVATIONS,
     NO_EXTRAS,
@@ -82,7 +83,7 @@ def quantize_rows(x: jax.Array, how: RowQuantize, extras: Extras = NO_EXTRAS) ->
     tiled = x.reshape(batch, m, k // tile, tile)
     scale = extras.lhs_scale
     if scale is None:
-        scale = row_scale(jnp.max(jnp.abs(tiled), axis=-1), how)
+        scale = row_scale(absmax(tiled, -1), how)
     scale = scale.astype(jnp.float32)
     low, high = (np.float32(v) for v in how.limits)
     scaled = tiled * (1 / scale)[..., None]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwix_kernels.absmax import absmax
 from qwix_kernels.chips import Chip
 from qwix_kernels.dispatch import Estimate
 from qwix_kernels.quantize.problem import QuantizeProblem
@@ -14,16 +17,9 @@ from qwix_kernels.quantize.problem import QuantizeProblem
 _KEPT_BYTES = 8 << 20
 
 
-def run(
-    problem: QuantizeProblem, x: jax.Array, *, chip: Chip | None = None, config: None = None
-) -> tuple[jax.Array, jax.Array]:
-    """(values, scale): see problem.py. `chip` is what it is lowered for."""
-    del config
-    axis = 1 if problem.scale_of == "columns" else 2
-    top = jnp.max(jnp.abs(x), axis=axis, keepdims=True).astype(jnp.float32)
-    if x.dtype == jnp.float32 and (chip is None or chip.platform == "cpu"):
-        # XLA:CPU may lose a NaN in a maximum of float32 (`xla_cpu_enable_fast_min_max`, which is on).
-        top = jnp.where(jnp.isnan(x).any(axis=axis, keepdims=True), jnp.nan, top)
+def run(problem: QuantizeProblem, x: jax.Array, **_: Any) -> tuple[jax.Array, jax.Array]:
+    """(values, scale): see problem.py."""
+    top = absmax(x, 1 if problem.scale_of == "columns" else 2, keepdims=True).astype(jnp.float32)
     scale = scale_of(top, problem).astype(x.dtype)
     return convert(x.astype(jnp.float32) * (1 / scale.astype(jnp.float32)), problem), scale
 

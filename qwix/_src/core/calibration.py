@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from qwix_kernels.absmax import absmax
 
 from qwix._src.core import layout, numerics
 
@@ -144,12 +145,14 @@ def calibrate(array: jax.Array, how: HowToQuantize) -> Calibration:
     runs, axes = _runs(array.astype(numerics.compute_dtype(array.dtype)), shape)
     reduce = functools.partial(_reduce, runs, axes, shape)
     if name == "absmax":
-        stats = {"absmax": reduce(lambda x, axis: jnp.max(jnp.abs(x), axis=axis, initial=0))}
+        stats = {"absmax": reduce(absmax)}
     elif name == "minmax":
-        stats = {
+        lost = jnp.isnan(reduce(absmax))  # which XLA:CPU may lose in a minimum or maximum
+        ends = {
             "min": reduce(lambda x, axis: jnp.min(x, axis=axis, initial=0)),
             "max": reduce(lambda x, axis: jnp.max(x, axis=axis, initial=0)),
         }
+        stats = {key: jnp.where(lost, jnp.nan, end) for key, end in ends.items()}
     elif name == "percentile":
         cut = lambda x, axis: jnp.percentile(jnp.abs(x), args[0], axis=axis)
         stats = {"absmax": reduce(cut if array.size else lambda x, axis: jnp.sum(x, axis=axis))}
