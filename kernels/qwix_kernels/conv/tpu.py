@@ -31,6 +31,8 @@ _LHS = ("bfloat16", "float32", "int8", "int4", "float8_e4m3fn", "float8_e5m2")
 _RHS = ("bfloat16", "int8", "int4", "float8_e4m3fn", "float8_e5m2")
 _OUT = ("bfloat16", "float32", "int32")
 _LEAST_FEATURES = 32
+_MOST_PLACES = 2048  # in one chunk
+_MOST_PUSHES = 640  # see `Plan.pushes`
 
 
 def check(problem: ConvProblem, chip: Chip) -> None:
@@ -103,14 +105,16 @@ def fitting(p: ConvProblem, chip: Chip) -> Iterator[Plan]:
     columns = {p.out_features} | {n for n in (128, 256, 512, 640) if n < p.out_features}
     for pitch in sorted(pitches):
         for images in (n for n in (1, 2, 4, 8, 16) if n <= p.batch):
-            for rows in range(1, 513 // pitch + 1):
-                if rows * pitch % 32 or rows * pitch > 512:
+            for rows in range(1, _MOST_PLACES // pitch + 1):
+                if rows * pitch % 32:
                     continue
                 for block_n in columns:
                     try:
-                        yield make_plan(p, chip, pitch, images, rows, block_n)
+                        plan = make_plan(p, chip, pitch, images, rows, block_n)
                     except NotImplementedError:
                         continue
+                    if plan.pushes <= _MOST_PUSHES:
+                        yield plan
 
 
 def _planar(p: ConvProblem) -> ConvProblem:

@@ -55,8 +55,9 @@ def stage(plan: Plan, r: Refs) -> None:
         inverse = _scale(plan, r, image)
         for phase in plan.phases:
             _stage_phase(plan, r, image, phase, inverse)
-    for copy in plan.copies:
-        _stage_copy(plan, r, copy)
+    for phase in plan.phases:
+        if copies := [copy for copy in plan.copies if copy.phase == phase]:
+            _stage_copies(plan, r, phase, copies)
 
 
 def _zero_borders(plan: Plan, r: Refs) -> None:
@@ -179,33 +180,36 @@ def _rows(
     return v
 
 
-def _stage_copy(plan: Plan, r: Refs, copy: Copy) -> None:
-    """A shifted copy of a flat image, word by word: 4 (or 2) rows lie in one word of 32 bits.
+def _stage_copies(plan: Plan, r: Refs, phase: tuple[int, int], copies: list[Copy]) -> None:
+    """The shifted copies of a flat image, word by word: 4 (or 2) rows lie in one word of 32 bits.
 
-    Word i of the copy has rows of words i + words and i + words + 1; both loads may start at any sublane,
-    as the lanes of one register lie in an array of their own.
+    Word i of a copy has rows of words i + words and i + words + 1; both loads may start at any sublane, as
+    the lanes of one register lie in an array of their own. One loop makes all copies, so that they share
+    loads and hide each other's latency.
     """
-    per = plan.per_word
-    words, left = copy.shift // per, copy.shift % per * (32 // per)
-    source, target = r[flat_name(copy.phase)], r[name_of(plan, copy)]
-    masks = mask(plan, copy)
-    count = plan.period // per
-
-    def write(group: int, at: Any) -> None:
-        low = source[group, pl.ds(at + words, count), :]
-        if left:
-            high = source[group, pl.ds(at + words + 1, count), :]
-            low = lax.shift_right_logical(low, np.int32(left)) | (high << np.int32(32 - left))
-        if masks is not None:
-            low = low & r["masks"][masks, :, : low.shape[1]]
-        target[group, pl.ds(at, count), :] = low
-
-    start = (plan.lead - plan.back()) // per
+    per, source = plan.per_word, r[flat_name(phase)]
+    count, start = plan.period // per, (plan.lead - plan.back()) // per
 
     @pl.loop(0, (plan.back() + plan.body + plan.ahead) // plan.period)
     def _(i):
+        at = start + pl.multiple_of(i * count, 8)
         for group in range(plan.lane_groups):
-            write(group, start + pl.multiple_of(i * count, 8))
+            loaded: dict[int, jax.Array] = {}
+
+            def load(word: int, group: int = group, loaded: dict[int, jax.Array] = loaded) -> jax.Array:
+                if word not in loaded:
+                    loaded[word] = source[group, pl.ds(at + word, count), :]
+                return loaded[word]
+
+            for copy in copies:
+                words, left = copy.shift // per, copy.shift % per * (32 // per)
+                v = load(words)
+                if left:
+                    v = lax.shift_right_logical(v, np.int32(left)) | (load(words + 1) << np.int32(32 - left))
+                masks = mask(plan, copy)
+                if masks is not None:
+                    v = v & r["masks"][masks, :, : v.shape[1]]
+                r[name_of(plan, copy)][group, pl.ds(at, count), :] = v
 
 
 def _lanes(x: jax.Array, width: int) -> jax.Array:
@@ -279,7 +283,7 @@ def _chunk(plan: Plan, emulate: bool, r: Refs, i: jax.Array) -> None:
         lhs = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
         rhs = weights[first * p.features : (taps[-1] + 1) * p.features, :]
         part = _dot(plan, emulate, lhs, rhs)
-        if plan.is_integer:
+        if plan.problem.out_dtype == "int32":
             part = part.astype(jnp.int32)
         total = part if total is None else total + part
     _finish(plan, r, i, total)

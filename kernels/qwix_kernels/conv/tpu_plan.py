@@ -19,10 +19,12 @@ import functools
 import math
 
 from qwix_kernels.chips import Chip
-from qwix_kernels.conv.problem import ConvProblem, Window, is_stored_integer
+from qwix_kernels.conv.problem import ConvProblem, Window
 from qwix_kernels.matmul.tpu_config import LANES, pl_cdiv
 from qwix_kernels.matmul.tpu_plan import EXACT_BITS, VMEM_SHARE, is_fp8
 from qwix_kernels.problem import dtype_bits
+
+_STAGED = 256  # flat rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Plan:
     lhs_dot: str
     rhs_dot: str
     bf16_math: bool
+    mxu: int  # columns of the matrix unit
 
     @property
     def windows(self) -> tuple[Window, Window]:
@@ -184,9 +187,10 @@ class Plan:
 
     @property
     def stage_rows(self) -> int:
-        """Rows of an image that are staged at a time: whole native tiles, some 64 positions or more."""
+        """Rows of an image that are staged at a time: whole native tiles, enough to hide their latency."""
         least = self.unit // math.gcd(self.pitch, self.unit)
-        return least * max(1, 64 // (least * self.pitch))
+        most = pl_cdiv(self.phase_rows, least)
+        return least * max(1, min(most, _STAGED // (least * self.pitch)))
 
     @property
     def block_rows(self) -> int:
@@ -217,11 +221,10 @@ class Plan:
         return q is not None and not q.static
 
     @property
-    def is_integer(self) -> bool:
-        """Whether the products are of integers, whose sums are exact."""
-        return is_stored_integer(self.problem.lhs, self.problem.quantize_lhs) and is_stored_integer(
-            self.problem.rhs
-        )
+    def pushes(self) -> int:
+        """Matrix instructions of a chunk, each of a native tile of rows: what there is to compile."""
+        wide = pl_cdiv(self.problem.k, self.mxu) * pl_cdiv(self.block_n, self.mxu)
+        return self.chunk // self.unit * wide
 
     @property
     def partial(self) -> str:
@@ -230,9 +233,12 @@ class Plan:
 
     @property
     def exact_taps(self) -> int:
-        """Taps in one dot: all, or as many as keep sums of integers exact on a float unit."""
+        """Taps in one dot: all, or as many as keep sums of integers exact on a float unit.
+
+        Sums that are scaled anyway need not be: float32's rounding of them is within their bound.
+        """
         p = self.problem
-        if self.partial == "int32" or not self.is_integer:
+        if self.partial == "int32" or p.out_dtype != "int32":
             return p.taps
         lhs = dtype_bits(p.quantize_lhs.dtype if p.quantize_lhs else p.lhs.dtype)
         products = 1 << (EXACT_BITS - (lhs - 1) - (p.rhs.bits - 1))
@@ -273,7 +279,7 @@ def make_plan(p: ConvProblem, chip: Chip, pitch: int, images: int, chunk_rows: i
     need = max(phase_rows + above, h.out + max(0, max(row for _, row in shifts)))
     unit = 32 * 8 // dtype_bits(lhs_dot)
     rows = pl_cdiv(need, step := unit // math.gcd(pitch, unit)) * step
-    plan = Plan(p, pitch, rows, images, chunk_rows, block_n, lhs_dot, rhs_dot, chip.bf16_math)
+    plan = Plan(p, pitch, rows, images, chunk_rows, block_n, lhs_dot, rhs_dot, chip.bf16_math, chip.mxu)
     fits = rows % chunk_rows == 0 or (chunk_rows % rows == 0 and (images * rows) % chunk_rows == 0)
     if images > 1 and not fits:
         raise NotImplementedError(f"chunks of {chunk_rows} rows do not divide {images} images of {rows} rows")
