@@ -5,6 +5,7 @@
     python -m bench.price --model llama3_8b --chip v6e --scheme w4a16_g128 --m 16
     python -m bench.price --suite matmul --check
     python -m bench.price --suite train --check
+    python -m bench.price --suite conv --check
 
 How to read the result, and what it leaves out: docs/pricing.md.
 """
@@ -21,7 +22,7 @@ from typing import Any
 import tqdm
 from absl import app, flags
 
-from bench import misses, pool, shapes, suites, targets, tpu_compile, train
+from bench import conv_price, misses, pool, shapes, suites, targets, tpu_compile, train
 from bench.cache import default_folder
 from bench.cells import Cell, cells_of
 
@@ -32,7 +33,7 @@ _K = flags.DEFINE_list("k", None, "Length of the sums (4096).")
 _N = flags.DEFINE_list("n", None, "Columns of the weight (4096).")
 _BATCH = flags.DEFINE_integer("batch", 1, "Matmuls at a time, each with a weight of its own.", lower_bound=1)
 _SUITE = flags.DEFINE_enum(
-    "suite", None, (*suites.SUITES, "train"), "A fixed set of cells instead; --scheme selects."
+    "suite", None, (*suites.SUITES, "train", "conv"), "A fixed set of cells instead; --scheme selects."
 )
 _MODEL = flags.DEFINE_enum(
     "model", None, list(shapes.MODELS), "The layers of a model, instead of --k and --n."
@@ -43,7 +44,9 @@ _CHECK = flags.DEFINE_boolean(
     "check", False, f"Fail where a target is missed that {misses.FILE.name} does not list, or the reverse."
 )
 _WRITE_MISSES = flags.DEFINE_boolean(
-    "write_misses", False, f"Rewrite {misses.FILE.name} for the chips of this run of the matmul suite."
+    "write_misses",
+    False,
+    f"Rewrite {misses.FILE.name} (of the conv suite its own list) for the chips of this run.",
 )
 _PLAN = flags.DEFINE_boolean("plan", False, "Say what would be priced and how long it takes; price nothing.")
 _IMPLEMENTATION = flags.DEFINE_string("implementation", None, "Price this one, not the one dispatch prefers.")
@@ -141,6 +144,9 @@ def _complete() -> tuple[str, ...]:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
+    if _SUITE.value == "conv":
+        _conv()
+        return
     if _WRITE_MISSES.value and not _complete():
         raise app.UsageError("--write_misses needs --suite matmul with all of its schemes and baselines.")
     if _SUITE.value == "train":
@@ -186,6 +192,37 @@ def _train() -> None:
     if _CHECK.value:
         print(f"FAILED: {len(fails)}", *fails, sep="\n  ", file=sys.stderr)
     if _CHECK.value and fails:
+        sys.exit(1)
+
+
+def _conv() -> None:
+    """Prices convolutions instead of matmuls, and holds them to their targets."""
+    chips = _CHIP.value or conv_price.CHIPS
+    try:
+        _refuse("conv", (*_FIXED, "baselines"))
+        cells = conv_price.cells(chips, _SCHEME.value or ())
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
+    if _PLAN.value:
+        print(conv_price.plan(cells))
+        return
+    rows = list(conv_price.price(cells, _CACHE.value or None))
+    complete = () if _SCHEME.value else chips
+    if _WRITE_MISSES.value:
+        conv_price.write_misses(rows, complete)
+    text = conv_price.dumps(rows)
+    if _OUT.value:
+        with open(_OUT.value, "w") as file:
+            file.write(text + "\n")
+    if _JSON.value:
+        print(text)
+    else:
+        conv_price.show(rows)
+    fails, known = conv_price.checked(rows, complete) if _CHECK.value else ([], [])
+    for title, lines in (("Known misses", known), ("FAILED", fails)):
+        if _CHECK.value:
+            print(f"{title}: {len(lines)}", *lines, sep="\n  ", file=sys.stderr)
+    if fails:
         sys.exit(1)
 
 

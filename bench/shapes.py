@@ -154,3 +154,61 @@ MODELS: Mapping[str, tuple[Layer, ...]] = {
 
 # Rows: decoding 16 and 64 sequences, and a prefill.
 DECODE_M, BATCH_M, PREFILL_M = 16, 64, 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvLayer:
+    """One convolution of square images, `size` x `size` x `features`; stride 1 keeps the size."""
+
+    name: str
+    images: int
+    size: int
+    features: int
+    out_features: int
+    kernel: int = 3
+    stride: int = 1
+    depthwise: bool = False
+
+    def __str__(self) -> str:
+        kind = "depthwise " * self.depthwise + f"{self.kernel}x{self.kernel}"
+        stride = f" s{self.stride}" if self.stride > 1 else ""
+        shape = f"{self.images}x{self.size}x{self.size}x{self.features} -> {self.out_features}"
+        return f"{kind}{stride} {shape}"
+
+
+def _depthwise(name: str, size: int, features: int, stride: int = 1) -> ConvLayer:
+    return ConvLayer(name, 8, size, features, features, 3, stride, True)
+
+
+# From the models' published architectures: eight images; of Stable Diffusion's U-Net two latents (guidance).
+CONVOLUTIONS: Mapping[str, tuple[ConvLayer, ...]] = {
+    "canonical": (ConvLayer("square", 8, 56, 256, 256),),
+    "resnet50": (
+        ConvLayer("conv2 3x3", 8, 56, 64, 64),
+        ConvLayer("conv3 3x3", 8, 28, 128, 128),
+        ConvLayer("conv4 3x3", 8, 14, 256, 256),
+        ConvLayer("conv5 3x3", 8, 7, 512, 512),
+        ConvLayer("conv3 3x3 s2", 8, 56, 128, 128, 3, 2),
+        ConvLayer("conv2 1x1", 8, 56, 64, 256, 1),
+        ConvLayer("conv3 1x1", 8, 28, 512, 128, 1),
+        ConvLayer("conv4 1x1", 8, 14, 1024, 256, 1),
+        ConvLayer("conv5 1x1", 8, 7, 512, 2048, 1),
+    ),
+    "mobilenet_v2": (
+        ConvLayer("expand", 8, 56, 24, 144, 1),
+        ConvLayer("project", 8, 14, 576, 96, 1),
+        ConvLayer("head", 8, 7, 320, 1280, 1),
+        _depthwise("112", 112, 32),
+        _depthwise("56 s2", 56, 144, 2),
+        _depthwise("28", 28, 192),
+        _depthwise("14", 14, 576),
+    ),
+    "sd_unet": (
+        ConvLayer("64", 2, 64, 320, 320),
+        ConvLayer("32", 2, 32, 640, 640),
+        ConvLayer("16", 2, 16, 1280, 1280),
+        ConvLayer("8", 2, 8, 1280, 1280),
+        ConvLayer("64 1x1", 2, 64, 320, 320, 1),
+    ),
+}
+CONV_SCHEMES = ("w8a8_static", "w8a8", "w8a16", "w4a8_static")
