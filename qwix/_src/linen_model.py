@@ -172,7 +172,7 @@ def _quantize(provider: BoxedParamProvider, params: Any, key: tuple[Any, ...], w
         what.how,
         info=what.info,
         lifted=what.lifted,
-        prepacked=provider.prepack,
+        prepacked=provider.prepack and what.packs,
         _qarray_module=provider._qarray,
     )
     provider.note_quality(what.records, sqnr_db(raw, qarray.dequantize(weight.unboxed)))

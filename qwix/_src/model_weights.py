@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qwix._src import op_plan, op_trace, qconfig, weight_view
-from qwix._src.core import dot_general, qarray
+from qwix._src.core import conv_general, dot_general, qarray
 from qwix._src.dot_sides import swapped
 from qwix._src.op_plan import OpPlan
 from qwix._src.report_records import OpRecord, device_bytes
@@ -34,6 +34,7 @@ class Found:
     how: qarray.HowToQuantize  # in the param's layout
     records: list[tuple[str, str]]  # keys of the records of the ops that eat it
     lifted: tuple[int, ...] = ()  # axes of the param that a scan cuts: each entry needs its own scales
+    packs: bool = True  # it's a matrix to the op that eats it, and may be stored as one
 
 
 def op_name(primitive: Any) -> str:
@@ -109,7 +110,8 @@ class Discovery:
             lifted = weight_view.lifted(weight.steps)
             stacked = weight.info.mapped or (not lifted and weight_view.is_stacked(weight.steps))
             info = dataclasses.replace(weight.info, rule=plan.rule, mapped=stacked)
-            found = self.found[key] = Found(info, how, [], lifted)
+            packs = plan.op in ("dot_general", "einsum")
+            found = self.found[key] = Found(info, how, [], lifted, packs)
         elif weight_view.runs_of(found.how, shape) != weight_view.runs_of(how, shape):
             return self._conflict(plan, weight, "with scales that don't suit this one"), None
         elif found.how.qtype != how.qtype:
@@ -192,11 +194,11 @@ def note_opaque(provider: qconfig.QuantizationProvider, name: str, args: Sequenc
 
 
 def _problem(plan: OpPlan, args: Sequence[Any], params: dict[str, Any], *, fuses: bool) -> Any:
-    """The matmul that a kernel will be given; None for what isn't one, or stays float.
+    """The matmul or convolution that a kernel will be given; None for what is neither, or stays float.
 
     `fuses`: the kernel quantizes the activation, if its scale is dynamic.
     """
-    if plan.reason is not None or plan.op not in ("dot_general", "einsum"):
+    if plan.reason is not None or plan.op not in ("dot_general", "einsum", "conv_general_dilated"):
         return None
     sides: list[Any] = [jax.ShapeDtypeStruct(tuple(a.shape), a.dtype) for a in args[:2]]
     dynamic: dict[int, qarray.HowToQuantize] = {}
@@ -208,10 +210,13 @@ def _problem(plan: OpPlan, args: Sequence[Any], params: dict[str, Any], *, fuses
     if plan.weight_how is not None and plan.weight_side is not None:
         weight = sides[plan.weight_side]
         sides[plan.weight_side] = op_plan.quantized_shape(weight.shape, weight.dtype, plan.weight_how)
+    act_how = next(iter(dynamic.values()), None)
+    if plan.op == "conv_general_dilated":
+        options = {name: value for name, value in params.items() if name != "out_sharding"}
+        return conv_general.conv_problem(*sides, **options, act_how=act_how)
     dnums = params["dimension_numbers"]
     if plan.weight_side == 0:
         sides, dnums = sides[::-1], swapped(dnums)
-    act_how = next(iter(dynamic.values()), None)
     return dot_general.matmul_problem(
         sides[0], sides[1], dnums, act_how=act_how, preferred_element_type=params["preferred_element_type"]
     )

@@ -239,7 +239,7 @@ def convert(model: nnx.Module, provider: qconfig.QuantizationProvider, found: Ma
 
 def _quantize(slot: Slot, what: Found, provider: Any) -> WithAux:
     raw = slot.value.get_raw_value()
-    kwargs = {"info": what.info, "lifted": what.lifted, "prepacked": provider.prepack}
+    kwargs = {"info": what.info, "lifted": what.lifted, "prepacked": provider.prepack and what.packs}
     kwargs["_qarray_module"] = provider._qarray
     if isinstance(raw, jax.ShapeDtypeStruct):
         return jax.eval_shape(

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 
 from qwix._src import qconfig
-from qwix._src.core import conv_general, dot_general, numerics, qarray
+from qwix._src.core import dot_general, numerics, qarray
 from qwix._src.utils import flax_util
 from qwix._src.weight import WeightTracer
 
 # Contractions of activations shorter than this stay float: outer products and rotations gain nothing.
 MIN_ACTIVATION_K = 8
+NO_KERNEL = "the kernel of the convolution is no weight"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def placed(plan: OpPlan, provider: qconfig.QuantizationProvider, *, in_layer: bo
 def plan_contraction(
     provider: qconfig.QuantizationProvider, op: str, args: Sequence[Any], params: Mapping[str, Any]
 ) -> OpPlan:
-    """The plan for a dot or a convolution of `args[0]` and `args[1]`.
+    """The plan for a dot, a convolution or a ragged dot of `args[0]` and `args[1]`.
 
     Raises:
       ValueError: the rule can't be carried out on this weight; the message names it.
@@ -87,11 +88,9 @@ def plan_contraction(
         return plan.keep_float("both operands are weights")
     if any(not numerics.should_quantize(a.dtype) for a in args[:2]):
         return plan.keep_float(f"operands are {args[0].dtype} and {args[1].dtype}, not both float")
-    if op == "conv_general_dilated":
-        return _plan_convolution(plan, rule, args, params)
-    if op not in ("dot_general", "einsum"):
-        return plan.keep_float(f"{op} is not quantized by this provider")
-    hows = [op_axes(args, params, side, rule) for side in (0, 1)]
+    if op == "conv_general_dilated" and sides != [1]:
+        return plan.keep_float(NO_KERNEL)
+    hows = [op_axes(op, args, params, side, rule) for side in (0, 1)]
     if sides:
         return _plan_weight(plan, rule, args, sides[0], hows)
     return _plan_activations(plan, rule, args, params, hows)
@@ -101,25 +100,6 @@ def module_path(weight: WeightTracer | None) -> str:
     """Where an op belongs: to the module that owns its weight, else to the one that is running."""
     path = None if weight is None else weight.info.module_path
     return "/".join(map(str, flax_util.get_current_module_path())) if path is None else path
-
-
-def _plan_convolution(
-    plan: OpPlan, rule: qconfig.QuantizationRule, args: Sequence[Any], params: Mapping[str, Any]
-) -> OpPlan:
-    """One scale per output channel, and per image for the activations."""
-    if plan.weight_side != 1:
-        return plan.keep_float("the kernel of the convolution is no weight")
-    if rule.tile_size:
-        return plan.keep_float("convolutions have no tiles; give them a rule of their own, without tile_size")
-    return _plan_weight(plan, rule, args, 1, [conv_axes(params, side, rule) for side in (0, 1)])
-
-
-def conv_axes(params: Mapping[str, Any], side: int, rule: qconfig.QuantizationRule) -> dict[str, Any]:
-    """`op_axes` of a convolution."""
-    how = conv_general.get_how_to_quantize(
-        dimension_numbers=params["dimension_numbers"], for_lhs=side == 0, qtype="int8"
-    )
-    return {"channelwise_axes": () if is_per_tensor(rule) else how.channelwise_axes}
 
 
 def _plan_weight(
@@ -163,7 +143,7 @@ def _plan_activations(
 
 def too_short(args: Sequence[Any], params: Mapping[str, Any]) -> str | None:
     """Why a dot of activations isn't worth it, or None."""
-    (contracted, _), _ = params["dimension_numbers"]
+    (contracted, _), _ = _dot_numbers(params)
     length = math.prod(args[0].shape[a] for a in contracted)
     short = length < MIN_ACTIVATION_K
     return f"an activation-only contraction of {length} < {MIN_ACTIVATION_K} values" if short else None
@@ -190,18 +170,50 @@ def plan_lookup(provider: qconfig.QuantizationProvider, weight: WeightTracer, ro
 
 
 def op_axes(
-    args: Sequence[Any], params: Mapping[str, Any], side: int, rule: qconfig.QuantizationRule
+    op: str, args: Sequence[Any], params: Mapping[str, Any], side: int, rule: qconfig.QuantizationRule
 ) -> dict[str, Any]:
-    """Which axes of one side have scales of their own, as arguments of HowToQuantize."""
-    how = dot_general.get_how_to_quantize(
-        dimension_numbers=params["dimension_numbers"],
-        ndims=(args[0].ndim, args[1].ndim),
-        for_lhs=side == 0,
-        tile_size=rule.tile_size,
-        qtype="int8",
-    )
-    channelwise = () if is_per_tensor(rule) else how.channelwise_axes
-    return {"channelwise_axes": channelwise, "tiled_axes": how.tiled_axes}
+    """Which axes of one side have scales of their own, as arguments of HowToQuantize.
+
+    Of a dot, ragged or not, those that it doesn't sum over, the groups' included; of a convolution the images
+    and the output channels.
+    """
+    tile = tile_size_of(op, args, params, rule)
+    if op == "conv_general_dilated":
+        spec = params["dimension_numbers"][side]
+        tiles = dict(tile) if isinstance(tile, Mapping) else {spec[1]: tile} if tile else {}
+        channelwise: Sequence[int] = [a for a in spec[:1] if a not in tiles]
+    else:
+        how = dot_general.get_how_to_quantize(
+            dimension_numbers=_dot_numbers(params),
+            ndims=(args[0].ndim, args[1].ndim),
+            for_lhs=side == 0,
+            tile_size=tile,
+            qtype="int8",
+        )
+        channelwise, tiles = how.channelwise_axes, how.tiled_axes
+    return {"channelwise_axes": () if is_per_tensor(rule) else channelwise, "tiled_axes": tiles}
+
+
+def tile_size_of(
+    op: str, args: Sequence[Any], params: Mapping[str, Any], rule: qconfig.QuantizationRule
+) -> qconfig.TileSize | None:
+    """The rule's tile size, as it is for this op.
+
+    A convolution's tiles are of the input channels of one group. Where a group has no more channels than a
+    tile (one in a depthwise convolution, the three of an image), they share one scale.
+    """
+    tile = rule.tile_size
+    if op != "conv_general_dilated" or tile is None or isinstance(tile, Mapping):
+        return tile
+    channels = args[1].shape[params["dimension_numbers"].rhs_spec[1]]
+    size = max(1, round(tile * channels)) if isinstance(tile, float) else tile
+    return size if size < channels else None
+
+
+def _dot_numbers(params: Mapping[str, Any]) -> Any:
+    """The dimension numbers of a dot, or of the dot that a ragged one is for each group."""
+    ragged = params.get("ragged_dot_dimension_numbers")
+    return params["dimension_numbers"] if ragged is None else ragged.dot_dimension_numbers
 
 
 def is_per_tensor(rule: qconfig.QuantizationRule) -> bool:

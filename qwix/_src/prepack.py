@@ -4,7 +4,7 @@ A weight of more than two axes, [512, 4, 128] of an attention layer say, is a ma
 kernel. On a TPU those two lie differently in memory (tiles cover the last two axes), and a reshape between
 them is a copy. Stored as a `TransposedQArray`, the weight goes into the kernel as it is: the steps from the
 stored form to the param's own axes, and those of the op back again, undo each other, and the compiler drops
-both.
+both. Weights of convolutions and of ragged dots aren't matrices to their kernels, and stay as they are.
 
 Which axes are contracted is read from how the weight was quantized: those without a scale for each index. For
 a use that contracts others the result is the same, just not faster.

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from qwix._src import averaging, op_plan, op_trace, qconfig, qt_plan, qt_sparsity, static_range
+from qwix._src import averaging, op_plan, op_trace, qconfig, qt_plan, qt_sparsity, ragged_rows, static_range
 from qwix._src.core import qarray, stochastic_rounding
 from qwix._src.core.conv_general_qt import conv_general_qt
 from qwix._src.core.dot_general_qt import dot_general_qt
-from qwix._src.core.ragged_dot import rows_in_groups
 from qwix._src.core.ragged_dot_qt import ragged_dot_qt
 from qwix._src.dot_sides import result_dtype, swap_back, swapped, swapped_precision
 from qwix._src.model_weights import make_record, note_opaque, op_name
@@ -126,22 +125,27 @@ class TrainingExecutor:
                     operands[side] = prune(operands[side], rule.sparsity_rule, key, layer, self)
                 else:
                     operands[side] = qt_sparsity.prune_activation(operands[side], rule.sparsity_rule)
-        collect = [self._collect(plan, side, operands, trace) for side in (0, 1)]
-        config = qt_plan.make_config(plan, rule, self._noise(plan, rule, args, params, trace), collect)
+        collect = [self._collect(plan, side, operands, params, trace) for side in (0, 1)]
+        noise = self._noise(plan, rule, args, params, trace)
+        tile_size = op_plan.tile_size_of(plan.op, args, params, rule)
+        config = qt_plan.make_config(plan, rule, noise, collect, tile_size)
         return _OPS[plan.op](plan, operands, params, config)
 
     def _collect(
-        self, plan: OpPlan, side: int, operands: Sequence[Any], trace: op_trace.OpTrace
+        self,
+        plan: OpPlan,
+        side: int,
+        operands: Sequence[Any],
+        params: dict[str, Any],
+        trace: op_trace.OpTrace,
     ) -> qt_plan.Collect | None:
         """What gives the static calibration of one side."""
         how, rule, layer = plan.act_hows[side], plan.rule, trace.layer
         if how is None or not plan.is_static or not isinstance(rule, QtRule) or layer is None:
             return None
         x = jax.lax.stop_gradient(operands[side])
-        if plan.op == "ragged_dot" and side == 0:
-            alive = rows_in_groups(x.shape[0], operands[2], None, operands[1].shape[0])
-            x = jnp.where(alive[:, None], x, 0)  # as the op sees it
-        statistics = static_range.act_statistics(x, how, rule)
+        live = ragged_rows.live(operands, params, side) if plan.op == "ragged_dot" else None
+        statistics = static_range.act_statistics(x, how, rule, live)
         average = averaging.parse_averaging(rule.act_averaging, rule.act_bootstrap_steps)
         state, _ = self.states.step(
             (plan.path, f"{plan.op_id}_{_SIDES[side]}"),

@@ -58,10 +58,10 @@ def _reason(
     if any(not numerics.should_quantize(a.dtype) for a in args[:2]):
         return f"operands are {args[0].dtype} and {args[1].dtype}, not both float"
     if op == "conv_general_dilated" and list(sides) != [1]:
-        return "the kernel of the convolution is no weight"
+        return op_plan.NO_KERNEL
     if op == "ragged_dot" and params["ragged_dot_dimension_numbers"] != BASIC_DIMENSION_NUMBERS:
         return OTHER_RAGGED
-    if not sides and op in ("dot_general", "einsum"):
+    if not sides:
         if rule.act_qtype is None and not rule.extra:
             return "no operand is a weight, and the rule has no act_qtype"
         return op_plan.too_short(args, params)
@@ -77,7 +77,7 @@ def _with_hows(plan: OpPlan, rule: QtRule, args: Sequence[Any], params: Mapping[
             continue
         method = rule.weight_calibration_method if is_weight else rule.act_calibration_method or "absmax"
         method = rule.extra.get(f"{name}_calibration_method", method)
-        axes = _axes(plan.op, args, params, side, rule)
+        axes = op_plan.op_axes(plan.op, args, params, side, rule)
         try:
             hows[side] = qarray.HowToQuantize(qtype=qtype, calibration_method=method, **axes)
             qarray.get_scale_shape(tuple(args[side].shape), hows[side])
@@ -97,14 +97,6 @@ def _with_hows(plan: OpPlan, rule: QtRule, args: Sequence[Any], params: Mapping[
     return dataclasses.replace(plan, weight_how=weight_how, act_hows=tuple(hows))
 
 
-def _axes(op: str, args: Sequence[Any], params: Mapping[str, Any], side: int, rule: QtRule) -> dict[str, Any]:
-    if op == "conv_general_dilated":
-        return op_plan.conv_axes(params, side, rule)
-    if op == "ragged_dot":
-        return {"channelwise_axes": () if op_plan.is_per_tensor(rule) else ((0,), (0, 2))[side]}
-    return op_plan.op_axes(args, params, side, rule)
-
-
 def is_mapped(weight: WeightTracer | None) -> bool:
     """Whether a weight is several: of layers under vmap, or stacked along another axis than the first."""
     if weight is None:
@@ -113,15 +105,22 @@ def is_mapped(weight: WeightTracer | None) -> bool:
     return weight.info.mapped or (not weight_view.lifted(steps) and weight_view.is_stacked(steps))
 
 
-def make_config(plan: OpPlan, rule: QtRule, noise_fn: Any, collect: Sequence[Collect | None]) -> QtConfig:
+def make_config(
+    plan: OpPlan,
+    rule: QtRule,
+    noise_fn: Any,
+    collect: Sequence[Collect | None],
+    tile_size: qconfig.TileSize | None,
+) -> QtConfig:
     """The config of the op as the model calls it, without sparsity, which is done beforehand.
 
     Args:
       noise_fn: what rounds gradients at random, or None.
       collect: for each side, what makes its static calibration, or None.
+      tile_size: of the op; see `op_plan.tile_size_of`.
     """
     fields: dict[str, Any] = {
-        "tile_size": rule.tile_size,
+        "tile_size": tile_size,
         "use_original_residuals": rule.bwd_qtype is None,
     }
     for side, name in enumerate(_SIDES):

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from qwix_kernels.conv import ConvProblem
 from qwix_kernels.problem import MatmulProblem
 
 from qwix._src.core import numerics
@@ -36,7 +37,7 @@ class OpRecord:
     rule: Any = None  # the QuantizationRule that matched
     how: Any = None  # the HowToQuantize of the weight
     act_qtype: Any = None  # of the activation, None when it stays float
-    problem: MatmulProblem | None = None  # None: not one matmul (lookup, convolution, float op)
+    problem: MatmulProblem | ConvProblem | None = None  # None: no kernel's (a lookup, a float op)
     reason: str | None = None
     trains: bool = False  # quantized for training: the weight itself is stored as float
     bwd_qtype: Any = None  # of incoming gradients, None when they stay float

@@ -13,24 +13,28 @@ import jax.numpy as jnp
 
 from qwix._src import averaging, qconfig
 from qwix._src.core import qarray
+from qwix._src.ragged_rows import without_dead
 from qwix._src.weight import WeightInfo
 from qwix._src.with_aux import WithAux
 
 Params = tuple[jax.Array, jax.Array | None]  # scale and zero point
 
 
-def calibrated_act(x: jax.Array, how: qarray.HowToQuantize, rule: qconfig.QuantizationRule) -> Params:
+def calibrated_act(
+    x: jax.Array, how: qarray.HowToQuantize, rule: qconfig.QuantizationRule, live: jax.Array | None = None
+) -> Params:
     """Scale and zero point of one input, with the statistics averaged over the rule's batch axes."""
-    return from_calibration(act_statistics(x, how, rule), how)
+    return from_calibration(act_statistics(x, how, rule, live), how)
 
 
 def act_statistics(
-    x: jax.Array, how: qarray.HowToQuantize, rule: qconfig.QuantizationRule
+    x: jax.Array, how: qarray.HowToQuantize, rule: qconfig.QuantizationRule, live: jax.Array | None = None
 ) -> dict[str, jax.Array]:
     """The statistics of one input, averaged over the rule's batch axes: of a shape that doesn't depend on the
-    batch.
+    batch. `live`: which entries count, to be broadcast against x; None: all.
     """
-    return averaged(qarray.calibrate(x, static_how(how, rule, x.ndim)), rule)
+    x = without_dead(x, live)
+    return averaged(qarray.calibrate(x, static_how(how, rule, x.ndim)), rule, live)
 
 
 def static_how(how: qarray.HowToQuantize, rule: qconfig.QuantizationRule, ndim: int) -> qarray.HowToQuantize:
@@ -39,11 +43,19 @@ def static_how(how: qarray.HowToQuantize, rule: qconfig.QuantizationRule, ndim: 
     return dataclasses.replace(how, channelwise_axes=axes)
 
 
-def averaged(calibration: Mapping[str, jax.Array], rule: qconfig.QuantizationRule) -> dict[str, jax.Array]:
-    """The mean over the batch axes, which become 1."""
-    mean = lambda x: x.mean(
-        axis=tuple({a % x.ndim for a in rule.act_batch_axes if -x.ndim <= a < x.ndim}), keepdims=True
-    )
+def averaged(
+    calibration: Mapping[str, jax.Array], rule: qconfig.QuantizationRule, live: jax.Array | None = None
+) -> dict[str, jax.Array]:
+    """The mean over the batch axes, which become 1: over their live indices, where those differ in that."""
+
+    def mean(x: jax.Array) -> jax.Array:
+        axes = tuple({a % x.ndim for a in rule.act_batch_axes if -x.ndim <= a < x.ndim})
+        if live is None or any(n > 1 and a not in axes for a, n in enumerate(live.shape)):
+            return x.mean(axis=axes, keepdims=True)
+        counted = jnp.broadcast_to(live, [n if a in axes else 1 for a, n in enumerate(x.shape)])
+        total = jnp.where(counted, x, 0).sum(axes, keepdims=True)
+        return total / jnp.maximum(counted.sum(axes, keepdims=True), 1).astype(x.dtype)
+
     return {key: mean(value) for key, value in calibration.items()}
 
 

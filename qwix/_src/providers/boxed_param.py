@@ -17,8 +17,8 @@ from typing import Any
 import jax
 from qwix_kernels import tuning
 
-from qwix._src import op_plan, op_trace, prepack, qconfig, weight_view
-from qwix._src.core import conv_general, dot_general, qarray
+from qwix._src import op_plan, op_trace, prepack, qconfig, ragged_rows, weight_view
+from qwix._src.core import conv_general, dot_general, qarray, ragged_dot
 from qwix._src.dot_sides import result_dtype, swap_back, swapped, swapped_precision
 from qwix._src.model_weights import make_record, named_einsum, note_opaque, op_name
 from qwix._src.op_plan import OpPlan
@@ -29,6 +29,9 @@ from qwix._src.weight import WeightTracer, dense, materialize
 from qwix._src.with_aux import WithAux
 
 __all__ = ["BoxedParamProvider", "WithAux", "create_quantized_param", "quantize_act"]
+
+
+_SIDES = ("lhs", "rhs")
 
 
 class BoxedParamProvider(qconfig.QuantizationProvider):
@@ -115,8 +118,8 @@ class Executor:
         self._record(plan, args, params)
         if plan.reason is not None:
             return trace.bind(primitive, args, params)
-        op = self._convolution if plan.op == "conv_general_dilated" else self._dot
-        return trace.outside(op, plan, args, params, trace.layer or ())
+        ops = {"conv_general_dilated": self._convolution, "ragged_dot": self._ragged}
+        return trace.outside(ops.get(plan.op, self._dot), plan, args, params, trace.layer or ())
 
     def lookup(
         self, trace: op_trace.OpTrace, primitive: Any, args: Sequence[Any], params: dict[str, Any]
@@ -156,7 +159,13 @@ class Executor:
             self.provider.records[key] = dataclasses.replace(record, sqnr_db=quality)
 
     def _operands(
-        self, plan: OpPlan, args: Sequence[Any], layer: Sequence[Any], *, fuse: bool
+        self,
+        plan: OpPlan,
+        args: Sequence[Any],
+        params: dict[str, Any],
+        layer: Sequence[Any],
+        *,
+        fuse: bool,
     ) -> tuple[list[Any], qarray.HowToQuantize | None]:
         """Both sides as the op gets them, and how the kernel must quantize the activation, if it's left to
         it.
@@ -166,13 +175,15 @@ class Executor:
         for side, how in enumerate(plan.act_hows):
             if how is None:
                 continue
+            live = ragged_rows.live(args, params, side) if plan.op == "ragged_dot" else None
             if plan.rule is not None and plan.is_static:
-                name = f"{plan.op_id}_{('lhs', 'rhs')[side]}"
-                operands[side] = self._static(operands[side], how, plan.rule, (plan.path, name), layer)
+                where = plan.path, f"{plan.op_id}_{_SIDES[side]}"
+                operands[side] = self._static(operands[side], how, plan.rule, where, layer, live)
             elif fuse and plan.weight_side == 1 - side:
                 act_how = how
             else:
-                operands[side] = self.provider._qarray.quantize(operands[side], how)
+                x = ragged_rows.without_dead(operands[side], live)
+                operands[side] = self.provider._qarray.quantize(x, how)
         return operands, act_how
 
     def _dot(
@@ -181,7 +192,7 @@ class Executor:
         """A dot in the parent trace. A weight goes to the right side, which is the one that kernels want it
         on.
         """
-        operands, act_how = self._operands(plan, args, layer, fuse=True)
+        operands, act_how = self._operands(plan, args, params, layer, fuse=True)
         dnums, sharding, back = params["dimension_numbers"], params.get("out_sharding"), None
         if plan.weight_side == 0 and sharding is None:
             back = swap_back(dnums, args)
@@ -195,7 +206,8 @@ class Executor:
         if act_how is not None:
             options["act_how"] = act_how
         if sharding is None and self.provider._dot_general_fn is dot_general.dot_general:
-            out = _dot_once(*operands, dnums, tuple(options.items()), tuning.ambient())
+            arrays = dict(zip(_SIDES, operands, strict=True))
+            out = _once(dot_general.dot_general, arrays, {"dimension_numbers": dnums, **options})
         else:
             out = self.provider._dot_general_fn(*operands, dnums, out_sharding=sharding, **options)
         return out if back is None else out.transpose(back)
@@ -204,9 +216,28 @@ class Executor:
         self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any], layer: Sequence[Any]
     ) -> jax.Array:
         """A convolution in the parent trace."""
-        operands, _ = self._operands(plan, args, layer, fuse=False)
+        operands, act_how = self._operands(plan, args, params, layer, fuse=True)
         options = params | {"preferred_element_type": result_dtype(args, params)}
-        return self.provider._conv_general_dilated_fn(*operands, **options)
+        if act_how is not None:
+            options["act_how"] = act_how
+        conv = self.provider._conv_general_dilated_fn
+        if params["out_sharding"] is not None or conv is not conv_general.conv_general_dilated:
+            return conv(*operands, **options)
+        return _once(conv, dict(zip(_SIDES, operands, strict=True)), options)
+
+    def _ragged(
+        self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any], layer: Sequence[Any]
+    ) -> jax.Array:
+        """A ragged dot in the parent trace."""
+        operands, _ = self._operands(plan, args, params, layer, fuse=False)
+        groups = {"group_sizes": args[2], "group_offset": params["group_offset"]}
+        options = {
+            "dimension_numbers": params["ragged_dot_dimension_numbers"],
+            "precision": params["precision"],
+            "preferred_element_type": result_dtype(args, params),
+        }
+        arrays = dict(zip(_SIDES, operands, strict=True)) | groups
+        return _once(ragged_dot.ragged_dot_general, arrays, options)
 
     def _static(
         self,
@@ -215,16 +246,24 @@ class Executor:
         rule: qconfig.QuantizationRule,
         where: tuple[str, str],
         layer: Sequence[Any],
+        live: jax.Array | None,
     ) -> qarray.QArray:
-        scale, zero_point = self.scales.get(*where, lambda: calibrated_act(x, how, rule), how, layer)
+        scale, zero_point = self.scales.get(*where, lambda: calibrated_act(x, how, rule, live), how, layer)
         return self.provider._qarray.quantize_with_scale_zero_point(x, how.qtype, scale, zero_point)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _dot_once(lhs: Any, rhs: Any, dnums: Any, options: tuple[tuple[str, Any], ...], config: Any) -> jax.Array:
-    """`dot_general`, traced once for all layers of one shape. `config` is part of what is traced for."""
+def _once(op: Callable[..., jax.Array], arrays: dict[str, Any], options: dict[str, Any]) -> jax.Array:
+    """`op`, traced once for all layers of one shape."""
+    return _traced(op, arrays, tuple(options.items()), tuning.ambient())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _traced(
+    op: Callable[..., jax.Array], arrays: dict[str, Any], options: tuple[tuple[str, Any], ...], config: Any
+) -> jax.Array:
+    """`config` is part of what is traced for."""
     with tuning.use(config):
-        return dot_general.dot_general(lhs, rhs, dnums, **dict(options))
+        return op(**arrays, **dict(options))
 
 
 def create_quantized_param(
