@@ -10,7 +10,7 @@ a residual and quantization for the next dot after it. `FusedOptions` lists the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack, cast
 
 import jax
@@ -24,11 +24,23 @@ from qwix._src.core import einsum as _einsum
 from qwix._src.core import fused_dot as _fused
 from qwix._src.core import qarray as _qarray
 from qwix._src.core.calibration import HowToQuantize
+from qwix._src.core.conv_general import ConvFused
 from qwix._src.core.fused_dot import FusedOptions
 from qwix._src.core.qarray import QArray
 from qwix._src.core.transposed_qarray import DotDimensionNumbers, TransposedQArray
+from qwix._src.qconv import conv_problem as _conv_problem
+from qwix._src.qconv import qconv_general_dilated
 
-__all__ = ["FusedOptions", "explain", "qdot", "qdot_general", "qeinsum", "qgated_dot"]
+__all__ = [
+    "ConvFused",
+    "FusedOptions",
+    "explain",
+    "qconv_general_dilated",
+    "qdot",
+    "qdot_general",
+    "qeinsum",
+    "qgated_dot",
+]
 
 Operand = jax.Array | QArray | TransposedQArray
 
@@ -241,18 +253,21 @@ def explain(
     preferred_element_type: DTypeLike | None = None,
     w_gate: Any = None,
     gate_bias: Any = None,
-    **fused: Unpack[FusedOptions],
+    geometry: Mapping[str, Any] | None = None,
+    **fused: Any,
 ) -> Explanation:
     """Says, without running anything, which implementation an op gets on a chip, why, and what it costs.
 
     Args:
-      op: "dot", "dot_general" (with `dimension_numbers`), "gated_dot" (with `w_gate`, rhs being w_up), or
-        einsum subscripts such as "btd,dnh->btnh".
+      op: "dot", "dot_general" (with `dimension_numbers`), "gated_dot" (with `w_gate`, rhs being w_up),
+        "conv_general_dilated" (with `geometry`), or einsum subscripts such as "btd,dnh->btnh".
       lhs, rhs: operands, or their shapes: `jax.ShapeDtypeStruct`, a QArray of them, or (shape, dtype).
       dimension_numbers: of "dot_general".
       chip: "v5e", "v5p", "v6e", "v7x", "h100", "b200" or "cpu"; the local device by default.
       act_qtype, ..., preferred_element_type, **fused: as for `qdot_general`; arrays may be shapes as well.
       w_gate, gate_bias: as for `qgated_dot`.
+      geometry: of "conv_general_dilated": `window_strides`, `padding` and what else is given of
+        `qconv_general_dilated`'s, `dimension_numbers` included.
 
     Returns:
       `qwix_kernels.dispatch.Explanation`: `chosen`, `config`, `estimate`, `rejected` ((name, reason), ...).
@@ -268,30 +283,34 @@ def explain(
     'xla'
     """
     lhs, rhs, w_gate = _abstract(lhs), _abstract(rhs), _abstract(w_gate)
-    gate_bias, fused = _abstract(gate_bias), cast(FusedOptions, {k: _abstract(x) for k, x in fused.items()})
+    gate_bias, given = _abstract(gate_bias), {k: _abstract(x) for k, x in fused.items()}
+    fused_dot = cast(FusedOptions, given)
     act = {"tile_size": act_tile_size, "qtype": act_qtype, "calibration_method": act_calibration_method}
     options: dict[str, Any] = {"precision": precision, "preferred_element_type": preferred_element_type}
     if (op == "gated_dot") != (w_gate is not None):
         raise ValueError("w_gate belongs to op 'gated_dot', which needs it.")
-    if op in ("dot", "dot_general", "gated_dot"):
+    if op == "conv_general_dilated":
+        problem: Any = _conv_problem(lhs, rhs, geometry, cast(ConvFused, given), **act, **options)
+    elif op in ("dot", "dot_general", "gated_dot"):
         numbers = dimension_numbers if op == "dot_general" else _dot_numbers(lhs, rhs)
         if numbers is None:
             raise ValueError("explain('dot_general', ...) needs dimension_numbers.")
         lhs, rhs, options["act_how"] = _with_act(lhs, rhs, numbers, **act)
-        if _given(fused) or w_gate is not None:
+        if _given(fused_dot) or w_gate is not None:
             gate = {"gate": w_gate, "gate_bias": gate_bias}
-            problem = _fused.fused_problem(lhs, rhs, numbers, fused, **gate, **options)
+            problem = _fused.fused_problem(lhs, rhs, numbers, fused_dot, **gate, **options)
         else:
             problem = _dot.matmul_problem(lhs, rhs, numbers, **options)
     elif "," in op:
-        if _given(fused):
+        if _given(fused_dot):
             raise ValueError(f"Nothing is fused into an einsum; leave out {', '.join(fused)}.")
         if act_qtype is not None:
             options["act_how"] = _einsum_act(op, (lhs, rhs), **act)
         problem = _einsum.matmul_problem(op, lhs, rhs, **options)
     else:
         raise ValueError(
-            f"op is {op!r}; it must be 'dot', 'dot_general', 'gated_dot' or subscripts of two operands."
+            f"op is {op!r}; it must be 'dot', 'dot_general', 'gated_dot', 'conv_general_dilated' or "
+            "subscripts of two operands."
         )
     if problem is None:
         raise ValueError(
