@@ -71,10 +71,10 @@ def test_integers_are_exact_and_multiplied_as_integers(normal):
         _quantize(normal(2, 12, 32), ("int8", None, "absmax"), (0,), 1),
         qwix.quantize(normal(3, 3, 32, 8), "int4"),
     )
-    equations = jax.make_jaxpr(ragged_dot)(a, b, jnp.array([3, 0, 7])).jaxpr.eqns
-    (product,) = [e for e in equations if e.primitive.name.startswith("ragged_dot")]
-    dtypes = [v.aval.dtype.name for v in (*product.invars[:2], *product.outvars)]
-    assert dtypes == ["int8", "int8", "int32"]
+    assert "qwix_gmm" in str(jax.make_jaxpr(ragged_dot)(a, b, jnp.array([3, 0, 7])))
+    text = jax.jit(ragged_dot).lower(a, b, jnp.array([3, 0, 7])).as_text()
+    dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert dots and all("xi8>, tensor<" in line and "-> tensor<1x12x4xi32>" in line for line in dots), dots
 
 
 def test_rows_of_no_group_are_zero_whatever_they_hold(normal):

@@ -25,7 +25,8 @@ from qwix_kernels.ragged_matmul.tpu_plan import Config, GmmPlan, resolve
 # Scalar memory holds five words of each visit.
 _MOST_VISITS = 16384
 _MERGE = 2.5  # vector operations per 1024 results, to leave the rows of others alone
-_VISITS_US = 2.0  # to find the visits
+_VISITS_US = 0.5  # to find the visits
+_PART_CYCLES = 300  # of a part, whatever its size: the first dots wait for rows, the last stores for dots
 
 
 def check(problem: GmmProblem, chip: Chip) -> None:
@@ -46,7 +47,7 @@ def heuristic_config(problem: GmmProblem, chip: Chip) -> Config:
 
 @functools.lru_cache(maxsize=4096)
 def _best(problem: GmmProblem, chip: Chip) -> Config:
-    priced = [(_us(plan, chip), -config.block_m, config) for config, plan in _fitting(problem, chip)]
+    priced = [(_us(plan, chip), -config.part, config) for config, plan in _fitting(problem, chip)]
     if not priced:
         check(problem, chip)
     return min(priced, key=lambda x: x[:2])[2]
@@ -91,6 +92,7 @@ def _compute_us(plan: GmmPlan, chip: Chip) -> float:
     cycles += p.products * weights * (cost.touched(plan.problem) if m.steps_k == 1 else steps)
     cycles += steps * matmul_estimate.STEP_CYCLES[chip.mxu] + matmul_estimate.LOOP_CYCLES
     last = (matmul_estimate.END + _MERGE + matmul_estimate.epilogue_ops(p)) / 4
+    cycles += parts * _PART_CYCLES
     cycles += parts * last * plan.part * pl_cdiv(m.block_n, LANES) * LANES / 1024
     cycles *= plan.columns
     if m.has_prologue:

@@ -37,7 +37,7 @@ _OUT = ("bfloat16", "float32", "int32")
 # Vector operations per 1024 values: to turn the rows of lhs to where the matrix unit wants them, with what a
 # mask takes; and to add 1024 sums.
 _TURN, _MASK, _ADD = 4.0, 3.0, 4.0
-_VISITS_US = 2.0
+_VISITS_US = 0.5
 
 
 @dataclasses.dataclass(frozen=True)

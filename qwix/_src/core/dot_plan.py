@@ -95,7 +95,7 @@ def make_plan(
     make = lambda kind, reason="", rows=None: Plan(kind, reason, rows, left, right, result)
     if act_how is None and not any(map(_is_quantized, (lhs, rhs))) and not all(map(_is_stored, (lhs, rhs))):
         return make("float", "neither operand is quantized")
-    reason = _no_kernel(lhs, rhs, precision)
+    reason = no_kernel(lhs, rhs, precision)
     if reason:
         return make("dequantize", reason)
     if act_how is None and mxfp_dot.can_use(lhs, rhs, numbers, precision):
@@ -132,7 +132,7 @@ def _is_row_dtype(dtype: np.dtype) -> bool:
     return dtype.name in ("int8", "int4") or (dtype.name.startswith("float8") and dtype.itemsize == 1)
 
 
-def _no_kernel(lhs: Operand, rhs: Operand, precision: Any) -> str:
+def no_kernel(lhs: Operand, rhs: Operand, precision: Any) -> str:
     """Why these operands can't go to a kernel; empty if they can."""
     if not (precision is None or isinstance(precision, str | jax.lax.Precision | tuple)):
         return f"precision {precision!r} names an algorithm of XLA"

@@ -130,7 +130,7 @@ def _call(
         act_how=act_how,
     )
     norm_weight, eps = _norm_weight(fused, lhs, plan), fused.get("norm_eps", 1e-6)
-    rows = _rows(fused, act_how, plan)
+    rows = rows_of(fused, act_how, plan)
     if act_how is not None and rows is None:
         if norm_weight is not None:
             lhs, norm_weight = elementwise.rms_norm(lhs, norm_weight, RMSNorm(eps)).astype(lhs.dtype), None
@@ -143,13 +143,13 @@ def _call(
             )
     columns = tuple(plan.rhs.shape[a] for a in plan.rhs.free)
     extras = Extras(
-        lhs_scale=_static_scale("act_scale", fused.get("act_scale"), rows),
+        lhs_scale=static_scale("act_scale", fused.get("act_scale"), rows),
         norm_weight=norm_weight,
         bias=_vector("bias", fused.get("bias"), columns),
         gate=None if gate is None else _dot._tensor(gate, plan.rhs, "rhs"),
         gate_bias=_vector("gate_bias", gate_bias, columns),
         residual=_residual(fused.get("residual"), plan),
-        out_scale=_static_scale("out_scale", fused.get("out_scale"), out := _out(fused, plan)),
+        out_scale=static_scale("out_scale", fused.get("out_scale"), out := _out(fused, plan)),
     )
     left, right = _dot._tensor(lhs, plan.lhs, "lhs"), _dot._tensor(rhs, plan.rhs, "rhs")
     floating = jnp.issubdtype(plan.result, jnp.floating)
@@ -173,7 +173,7 @@ def check_names(fused: FusedOptions) -> None:
         raise TypeError(f"Unknown keyword {', '.join(sorted(unknown))}; what can be fused: {known}.")
 
 
-def _rows(fused: FusedOptions, act_how: HowToQuantize | None, plan: dot_plan.Plan) -> RowQuantize | None:
+def rows_of(fused: FusedOptions, act_how: HowToQuantize | None, plan: dot_plan.Plan) -> RowQuantize | None:
     """How the kernel quantizes the rows of the lhs, if it does."""
     scale, scale_dtype = fused.get("act_scale"), fused.get("act_scale_dtype")
     if scale is None and scale_dtype is None:
@@ -210,7 +210,7 @@ def _out(fused: FusedOptions, plan: dot_plan.Plan) -> RowQuantize | None:
     return RowQuantize(dtype.name, numerics.get_symmetric_bound(dtype), tile or 0, static=static)
 
 
-def _static_scale(name: str, scale: Any, rows: RowQuantize | None) -> jax.Array | None:
+def static_scale(name: str, scale: Any, rows: RowQuantize | None) -> jax.Array | None:
     """[1, 1, tiles] of a scalar or a vector."""
     if scale is None or rows is None:
         return None

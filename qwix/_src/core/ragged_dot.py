@@ -1,10 +1,11 @@
-"""`ragged_dot` and `ragged_dot_general` of arrays and QArrays, by XLA.
+"""`ragged_dot` and `ragged_dot_general` of arrays and QArrays.
 
 The rows (or the contracted, or the batch indices) of lhs lie in groups of sizes that are known at run time
-only; each group has its own matrix of rhs, or gives its own product. Two symmetric 8-bit integer operands
-whose scales are constant along the contracting axes are multiplied as integers and scaled afterwards.
-Everything else (weight-only, zero points, tiles along the sum, nf4, floats) is dequantized first, which is
-right for every pair of formats.
+only; each group has its own matrix of rhs, or gives its own product. With a quantized operand the first two
+modes are grouped matmuls of `qwix_kernels.ragged_matmul`, which know every scheme that a dot knows
+(ragged_kernel.py). What is none of them (it says why) is done by XLA: two symmetric 8-bit integer operands
+whose scales are constant along the contracting axes are multiplied as integers and scaled afterwards,
+everything else is dequantized first, which is right for every pair of formats.
 
 What belongs to no group counts as zero, whatever is stored there: rows beyond the sum of the group sizes, and
 with `group_offset` those of groups before it and after the last of rhs.
@@ -14,22 +15,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.lax import RaggedDotDimensionNumbers
 from jax.typing import DTypeLike
+from qwix_kernels.ragged_matmul import GmmProblem, TgmmProblem
 
 from qwix._src.core import dot_general as dot_lib
-from qwix._src.core import dot_plan, layout, numerics, qarray
+from qwix._src.core import layout, numerics, qarray, ragged_kernel
+from qwix._src.core.calibration import HowToQuantize
 from qwix._src.core.qarray import QArray
-from qwix._src.core.transposed_qarray import DotDimensionNumbers
+from qwix._src.core.ragged_kernel import RaggedFused
+from qwix._src.core.ragged_plan import BASIC_DIMENSION_NUMBERS as BASIC_DIMENSION_NUMBERS
+from qwix._src.core.ragged_plan import Ragged, describe
 
-BASIC_DIMENSION_NUMBERS = RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (1,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,)
-)
 Operand = jax.Array | QArray
 
 
@@ -40,6 +42,10 @@ def ragged_dot(
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
     group_offset: jax.Array | None = None,
+    *,
+    act_how: HowToQuantize | None = None,
+    implementation: str | Sequence[str] | None = None,
+    **fused: Unpack[RaggedFused],
 ) -> jax.Array:
     """`jax.lax.ragged_dot` where either operand may be quantized: rows of lhs times their group's matrix.
 
@@ -51,6 +57,7 @@ def ragged_dot(
       preferred_element_type: dtype of the result; by default what the represented values promote to.
       group_offset: a scalar, or an array of one: rhs[0] belongs to this group. For a device that holds some
         of the groups' matrices.
+      act_how, implementation, **fused: as for `ragged_dot_general`.
 
     Returns: [M, N]; zeros in rows that belong to no group of rhs.
 
@@ -60,8 +67,10 @@ def ragged_dot(
     >>> [round(float(v)) for v in out[:, 0]]
     [8, 8, 8, 8, 0]
     """
+    options: Any = {"act_how": act_how, "implementation": implementation, **fused}
+    numbers = BASIC_DIMENSION_NUMBERS
     return ragged_dot_general(
-        lhs, rhs, group_sizes, BASIC_DIMENSION_NUMBERS, precision, preferred_element_type, group_offset
+        lhs, rhs, group_sizes, numbers, precision, preferred_element_type, group_offset, **options
     )
 
 
@@ -73,6 +82,10 @@ def ragged_dot_general(
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
     group_offset: jax.Array | None = None,
+    *,
+    act_how: HowToQuantize | None = None,
+    implementation: str | Sequence[str] | None = None,
+    **fused: Unpack[RaggedFused],
 ) -> jax.Array:
     """`jax.lax.ragged_dot_general` where either operand may be quantized.
 
@@ -84,21 +97,37 @@ def ragged_dot_general(
       precision, preferred_element_type: as for `ragged_dot`.
       group_offset: as for `ragged_dot`, with [G] sizes. Where the ragged axis is contracting, products of the
         groups before it are zero.
+      act_how: quantize a float lhs on the way, inside the kernel where it can (absmax per row).
+      implementation: name of a kernel implementation, or names in order; None takes the best that runs.
+      **fused: see `RaggedFused`; where each group has a matrix.
 
     Raises:
       ValueError: operands, axes or groups that disagree.
+      NotImplementedError: a named implementation, or something fused, where this is no grouped matmul.
     """
     for x in (lhs, rhs):
         if isinstance(x, QArray):
             qarray.validate_qarray(x)
-    ragged = _describe(lhs, rhs, group_sizes, dimension_numbers, group_offset is not None)
+    ragged = describe(lhs, rhs, group_sizes, dimension_numbers, group_offset is not None)
+    _check_options(lhs, ragged, act_how, fused)
     accumulator, dtype = qarray.get_accumulator_and_result_type(
         lhs, rhs, preferred_element_type=preferred_element_type
     )
+    reason = ragged_kernel.refusal(lhs, rhs, ragged, precision, act_how)
+    if not reason and ragged.mode == "free":
+        call, shape = ragged_kernel.free_call(lhs, rhs, group_sizes, ragged, precision, dtype, act_how, fused)
+        return ragged_kernel.free(call, group_offset, implementation).reshape(shape).astype(dtype)
+    if implementation is not None or fused:
+        what = f"{implementation!r}" if implementation is not None else ", ".join(fused)
+        raise NotImplementedError(f"{what} needs a grouped matmul, which this ragged dot is not: {reason}.")
+    if act_how is not None:
+        lhs = qarray.quantize(lhs, act_how)
     if ragged.mode == "batch":
         out = dot_lib.dot_general(lhs, rhs, ragged.numbers, precision, dtype)
         return _zero_dead(out, ragged.numbers[1][0].index(ragged.axis), ragged, group_sizes, group_offset)
     if ragged.mode == "contracting":
+        if not reason:
+            return _outer(lhs, rhs, group_sizes, ragged, precision, dtype, group_offset)
         return _contracting(lhs, rhs, group_sizes, ragged, precision, accumulator, dtype, group_offset)
     start = None
     if group_offset is not None:
@@ -110,77 +139,59 @@ def ragged_dot_general(
     return out if start is None else _roll(out, start, row_axis)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Ragged:
-    """Checked axes of one ragged dot.
+def ragged_problem(
+    lhs: Any,
+    rhs: Any,
+    dimension_numbers: RaggedDotDimensionNumbers = BASIC_DIMENSION_NUMBERS,
+    *,
+    groups: int | None = None,
+    act_how: HowToQuantize | None = None,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    **fused: Unpack[RaggedFused],
+) -> GmmProblem | TgmmProblem | None:
+    """The kernel's problem that `ragged_dot_general` would solve (for one batch), without running anything.
 
-    Attributes:
-      mode: what the ragged axis is in lhs.
-      axis: the ragged axis of lhs.
-      rhs_axis: that of rhs; -1 in mode "free", where it has none.
-      group: the axis of rhs that holds its groups, in mode "free"; else -1.
-      prefix: axes of lhs, for each of which the sizes may differ.
+    Args:
+      lhs, rhs: arrays, QArrays or the same of `jax.ShapeDtypeStruct`s.
+      groups: how many groups there are; those of rhs by default.
+      dimension_numbers, ..., **fused: as for `ragged_dot_general`.
+
+    Returns:
+      None where it is no grouped matmul.
     """
+    group_axes = dimension_numbers.rhs_group_dimensions
+    count = groups or (rhs.shape[group_axes[0]] if group_axes else 1)
+    sizes = jax.ShapeDtypeStruct((count,), jnp.int32)
+    ragged = describe(lhs, rhs, sizes, dimension_numbers, has_offset=groups is not None)
+    _check_options(lhs, ragged, act_how, fused)
+    _, dtype = qarray.get_accumulator_and_result_type(lhs, rhs, preferred_element_type=preferred_element_type)
+    if ragged_kernel.refusal(lhs, rhs, ragged, precision, act_how):
+        return None
+    found: list[GmmProblem | TgmmProblem] = []
+    arrays, tree = jax.tree.flatten((lhs, rhs, sizes, fused))
 
-    mode: Literal["free", "contracting", "batch"]
-    numbers: DotDimensionNumbers
-    ndims: tuple[int, int]
-    axis: int
-    rhs_axis: int
-    group: int
-    prefix: tuple[int, ...]
+    def make(given: dict[int, Any]) -> None:
+        lhs, rhs, sizes, fused = jax.tree.unflatten(tree, [given.get(i, x) for i, x in enumerate(arrays)])
+        if ragged.mode == "free":
+            call, _ = ragged_kernel.free_call(lhs, rhs, sizes, ragged, precision, dtype, act_how, fused)
+        else:
+            call, _ = ragged_kernel.contracting_call(lhs, rhs, sizes, ragged, precision, dtype)
+        found.append(ragged_kernel.problem_of(call, ragged.mode))
 
-    def free_axes(self, side: int) -> list[int]:
-        used = {*self.numbers[0][side], *self.numbers[1][side], *([self.group] if side else [])}
-        return [a for a in range(self.ndims[side]) if a not in used]
-
-    def lhs_in_out(self) -> dict[int, int]:
-        """Axes of lhs that the result has, counted without the groups' axis of mode "contracting"."""
-        return {a: i for i, a in enumerate((*self.numbers[1][0], *self.free_axes(0)))}
-
-    def rhs_in_out(self) -> dict[int, int]:
-        batch, start = self.numbers[1][1], len(self.numbers[1][1]) + len(self.free_axes(0))
-        return {a: i for i, a in enumerate(batch)} | {a: start + i for i, a in enumerate(self.free_axes(1))}
-
-    def for_lax(self) -> RaggedDotDimensionNumbers:
-        groups = (self.group,) if self.mode == "free" else ()
-        return RaggedDotDimensionNumbers(self.numbers, (self.axis,), groups)
+    jax.eval_shape(make, {i: x for i, x in enumerate(arrays) if hasattr(x, "shape")})
+    return found[0]
 
 
-def _describe(
-    lhs: Operand, rhs: Operand, sizes: jax.Array, given: RaggedDotDimensionNumbers, has_offset: bool
-) -> _Ragged:
-    numbers = dot_plan.canonical_numbers(given.dot_dimension_numbers, lhs.shape, rhs.shape)
-    if len(given.lhs_ragged_dimensions) != 1:
-        raise ValueError(f"Exactly one axis of lhs is ragged, got {given.lhs_ragged_dimensions}.")
-    axis = layout.canonical_axis(given.lhs_ragged_dimensions[0], lhs.ndim)
-    (lhs_ca, rhs_ca), (lhs_ba, rhs_ba) = [(tuple(left), tuple(right)) for left, right in numbers]
-    free = [a for a in range(lhs.ndim) if a not in lhs_ca + lhs_ba]
-    mode = "contracting" if axis in lhs_ca else "batch" if axis in lhs_ba else "free"
-    groups = layout.canonical_axes(given.rhs_group_dimensions, rhs.ndim)
-    if len(groups) != (mode == "free") or set(groups) & {*rhs_ca, *rhs_ba}:
-        raise ValueError(
-            f"The ragged axis {axis} of lhs is a {mode} axis, so rhs has "
-            f"{'one free axis' if mode == 'free' else 'no axis'} of groups; got {given!r}."
-        )
-    if mode == "contracting":
-        prefix, rhs_axis = lhs_ba + lhs_ca[: lhs_ca.index(axis)], rhs_ca[lhs_ca.index(axis)]
-    elif mode == "batch":
-        prefix, rhs_axis = lhs_ba[: lhs_ba.index(axis)], rhs_ba[lhs_ba.index(axis)]
-    else:
-        prefix, rhs_axis = lhs_ba + tuple(free[: free.index(axis)]), -1
-    expected = tuple(lhs.shape[a] for a in prefix)
-    if sizes.ndim != 1 and sizes.shape[:-1] != expected:
-        raise ValueError(f"group_sizes must be [groups] or {[*expected, 'groups']}, got {sizes.shape}.")
-    if has_offset and sizes.ndim != 1:
-        raise ValueError(f"group_offset needs group_sizes of one axis, got {sizes.shape}.")
-    if groups and not has_offset and rhs.shape[groups[0]] != sizes.shape[-1]:
-        raise ValueError(
-            f"rhs {rhs.shape} has {rhs.shape[groups[0]]} groups along axis {groups[0]}, group_sizes "
-            f"{sizes.shape[-1]}. Give group_offset if rhs holds some of the groups only."
-        )
-    group = groups[0] if groups else -1
-    return _Ragged(mode, numbers, (lhs.ndim, rhs.ndim), axis, rhs_axis, group, prefix)
+def _check_options(lhs: Any, ragged: Ragged, act_how: HowToQuantize | None, fused: RaggedFused) -> None:
+    if act_how is not None and (isinstance(lhs, QArray) or not numerics.should_quantize(lhs.dtype)):
+        raise ValueError(f"act_how quantizes a float lhs, but lhs is {lhs!r}. Leave act_how out.")
+    unknown = set(fused) - RaggedFused.__optional_keys__
+    if unknown:
+        known = ", ".join(sorted(RaggedFused.__optional_keys__))
+        raise TypeError(f"Unknown keyword {', '.join(sorted(unknown))}; what can be fused: {known}.")
+    if fused and ragged.mode != "free":
+        raise ValueError(f"Nothing is fused where the ragged axis is a {ragged.mode} axis; got {[*fused]}.")
 
 
 # --- groups
@@ -209,7 +220,7 @@ def _local_groups(group_sizes: jax.Array, offset: Any, groups: int) -> tuple[jax
     return start, group_sizes.at[offset + jnp.arange(groups)].get(mode="fill", fill_value=0)
 
 
-def _zero_dead(out: jax.Array, axis: int, ragged: _Ragged, sizes: jax.Array, offset: Any) -> jax.Array:
+def _zero_dead(out: jax.Array, axis: int, ragged: Ragged, sizes: jax.Array, offset: Any) -> jax.Array:
     """Zeros where the result's `axis`, the ragged one, is in no group."""
     return jnp.where(
         _alive(ragged, sizes, out.ndim, out.shape[axis], axis, ragged.lhs_in_out(), offset), out, 0
@@ -217,7 +228,7 @@ def _zero_dead(out: jax.Array, axis: int, ragged: _Ragged, sizes: jax.Array, off
 
 
 def _alive(
-    ragged: _Ragged,
+    ragged: Ragged,
     sizes: jax.Array,
     ndim: int,
     length: int,
@@ -258,7 +269,7 @@ def _free(
     lhs: Operand,
     rhs: Operand,
     sizes: jax.Array,
-    ragged: _Ragged,
+    ragged: Ragged,
     precision: Any,
     accumulator: Any,
     dtype: Any,
@@ -278,11 +289,27 @@ def _free(
     return out.astype(dtype)
 
 
+def _outer(
+    lhs: Operand, rhs: Operand, sizes: jax.Array, ragged: Ragged, precision: Any, dtype: Any, offset: Any
+) -> jax.Array:
+    """As `_contracting`, by a grouped matmul."""
+    call, columns = ragged_kernel.contracting_call(lhs, rhs, sizes, ragged, precision, dtype)
+    out = jnp.moveaxis(ragged_kernel.contracting(call, None, None, None), len(call.batch), 0)
+    out = out.reshape(*out.shape[:-2], *columns).astype(dtype)
+    return out if offset is None else _from_group(out, offset)
+
+
+def _from_group(out: jax.Array, offset: Any) -> jax.Array:
+    """Zeros for the groups before `offset`."""
+    groups = jnp.arange(out.shape[0]).reshape(-1, *[1] * (out.ndim - 1))
+    return jnp.where(groups >= jnp.reshape(jnp.asarray(offset), ()), out, 0)
+
+
 def _contracting(
     lhs: Operand,
     rhs: Operand,
     sizes: jax.Array,
-    ragged: _Ragged,
+    ragged: Ragged,
     precision: Any,
     accumulator: Any,
     dtype: Any,
@@ -305,17 +332,14 @@ def _contracting(
         if sizes.ndim == 1 or set(ragged.prefix) <= set(to_rhs):
             rhs = jnp.where(_alive(ragged, sizes, rhs.ndim, n, ragged.rhs_axis, to_rhs, None), rhs, 0)
         out = _dequantized(lhs, rhs, sizes, ragged, precision, dtype)
-    if offset is None:
-        return out
-    groups = jnp.arange(sizes.shape[0]).reshape(-1, *[1] * (out.ndim - 1))
-    return jnp.where(groups >= jnp.reshape(jnp.asarray(offset), ()), out, 0)
+    return out if offset is None else _from_group(out, offset)
 
 
 # Products of bytes that int32 is sure to hold the sum of.
 _MAX_SUM = 1 << 16
 
 
-def _can_scale_after(lhs: Operand, rhs: Operand, ragged: _Ragged, accumulator: Any) -> bool:
+def _can_scale_after(lhs: Operand, rhs: Operand, ragged: Ragged, accumulator: Any) -> bool:
     """Whether both sides are whole numbers that can be summed before they are scaled."""
     if accumulator != jnp.int32:
         return False
@@ -331,12 +355,12 @@ def _can_scale_after(lhs: Operand, rhs: Operand, ragged: _Ragged, accumulator: A
     return math.prod(lhs.shape[a] for a in ragged.numbers[0][0]) <= _MAX_SUM
 
 
-def _shared(rhs: Operand, ragged: _Ragged) -> bool:
+def _shared(rhs: Operand, ragged: Ragged) -> bool:
     """Whether all groups have the same scale."""
     return not isinstance(rhs, QArray) or rhs.scale.shape[ragged.group] == 1
 
 
-def _integers(lhs: Operand, rhs: Operand, sizes: jax.Array, ragged: _Ragged) -> jax.Array:
+def _integers(lhs: Operand, rhs: Operand, sizes: jax.Array, ragged: Ragged) -> jax.Array:
     left, right = ((x.qvalue if isinstance(x, QArray) else x).astype(jnp.int8) for x in (lhs, rhs))
     return jax.lax.ragged_dot_general(left, right, sizes, ragged.for_lax(), preferred_element_type=jnp.int32)
 
@@ -350,7 +374,7 @@ def _scaled(out: jax.Array, scale: jax.Array, places: Mapping[int, int]) -> jax.
 
 
 def _dequantized(
-    lhs: Operand, rhs: Operand, sizes: jax.Array, ragged: _Ragged, precision: Any, dtype: Any
+    lhs: Operand, rhs: Operand, sizes: jax.Array, ragged: Ragged, precision: Any, dtype: Any
 ) -> jax.Array:
     lhs, rhs = (x.dequantize() if isinstance(x, QArray) else x for x in (lhs, rhs))
     both = jnp.promote_types(lhs.dtype, rhs.dtype)
