@@ -199,7 +199,12 @@ def test_training_falls_as_float_does():
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"bwd_qtype": None}, {"tile_size": 16, "weight_qtype": "int4"}], ids=str
+    "fields",
+    [{}]
+    + [
+        pytest.param(f, marks=LARGE) for f in ({"bwd_qtype": None}, {"tile_size": 16, "weight_qtype": "int4"})
+    ],
+    ids=str,
 )
 def test_gradients_are_those_of_the_direct_ops(fields):
     rule = FULL | fields
