@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -181,7 +181,7 @@ def op_axes(
     if op == "conv_general_dilated":
         spec = params["dimension_numbers"][side]
         tiles = dict(tile) if isinstance(tile, Mapping) else {spec[1]: tile} if tile else {}
-        channelwise: Sequence[int] = [a for a in spec[:1] if a not in tiles]
+        channelwise: Collection[int] = [a for a in spec[:1] if a not in tiles]
     else:
         how = dot_general.get_how_to_quantize(
             dimension_numbers=_dot_numbers(params),
