@@ -76,7 +76,7 @@ def test_the_kernel_is_bit_equal_to_the_reference(chip, shape, scale_of, x_dtype
 @pytest.mark.parametrize("x_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("scale_of", ["rows", "columns"])
 def test_nan_and_infinity_stay_where_they_are(scale_of, x_dtype):
-    x = array((1, 64, 128), x_dtype).at[0, 3, 5].set(jnp.nan).at[0, 40, 70].set(jnp.inf)
+    x = array((1, 256, 128), x_dtype).at[0, 3, 5].set(jnp.nan).at[0, 40, 70].set(jnp.inf)
     problem = quantize.problem_of(x, "int8", 127.5, scale_of)
     want = reference.quantize(problem, np.asarray(x))
     assert np.isnan(want[1].astype(np.float32)).sum() == 1

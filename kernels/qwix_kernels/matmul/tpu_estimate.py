@@ -65,6 +65,8 @@ STEP_CYCLES = {128: 180, 256: 230}  # of a grid step, whatever its blocks, by co
 LOOP_CYCLES = 200  # of a grid of more than one step
 _NOT_HIDDEN_ROWS = 0.1  # of the lesser of row and other work, see `Plan.overlapped_rows`
 _MOST_COLUMNS, _MOST_SUMS = 2048, 1 << 19
+_MOST_ROWS, _MOST_SUMS_WIDE = 1024, 1 << 21
+_WHOLE_WEIGHT = 4.5 * (1 << 20)  # bytes of values and scales
 # XLA brings operands into VMEM ahead of a kernel where it finds room, so that much of the ramp counts.
 RAMP = 0.5
 
@@ -243,7 +245,9 @@ def _candidates(p: MatmulProblem, whole_k: bool) -> Iterator[Config]:
                     continue
                 if 1024 < bn < p.n and bm * bn > _MOST_SUMS:  # much to compile, and little to win
                     continue
-                for bk in (p.k,) if whole_k else _k_parts(p.k, math.lcm(LANES, *tiles)):
+                if bn > _MOST_COLUMNS and bm * bn > _MOST_SUMS_WIDE:
+                    continue
+                for bk in (p.k,) if whole_k else k_parts(p.k, math.lcm(LANES, *tiles)):
                     yield Config(bm, bn, bk, strategy)
 
 
@@ -257,15 +261,18 @@ def _column_blocks(p: MatmulProblem) -> list[int]:
     # Blocks of one width that leave no tail, or the least one: for few columns, and for two cores.
     even = [w for w in range(2 * tile, _MOST_COLUMNS + 1, tile) if p.n % w == 0]
     even += [w for parts in (1, 2, 3, 4) if (w := pl_cdiv(p.n, parts * tile) * tile) <= _MOST_COLUMNS]
+    # Several blocks of rows read the weight once if all of it is one block.
+    if p.m > _MOST_ROWS and cost.operand_bytes(p.rhs, p.k) <= _WHOLE_WEIGHT:
+        even.append(p.n)
     return sorted({w if w < p.n else p.n for w in (*fixed, *even)})
 
 
 def _row_blocks(m: int) -> list[int]:
     unit = 8 if m <= 32 else 64
-    return sorted({min(size, pl_cdiv(m, unit) * unit) for size in (1024, 512, 256, 128, 64, 32, 8)})
+    return sorted({min(size, pl_cdiv(m, unit) * unit) for size in (_MOST_ROWS, 512, 256, 128, 64, 32, 8)})
 
 
-def _k_parts(k: int, unit: int) -> list[int]:
+def k_parts(k: int, unit: int) -> list[int]:
     """Parts of a K that is too long for VMEM; those that leave no tail, where there are any."""
     parts = [b for b in (unit * i for i in (1, 2, 4, 8, 16, 32, 64)) if 512 <= b < k]
     return [b for b in parts if k % b == 0] or parts

@@ -34,8 +34,9 @@ from qwix_kernels.quantize.problem import QuantizeProblem
 DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 # Of x in a block; two of them are in VMEM, and two of the values.
 _BLOCK_BYTES = 4 << 20
-# What is rewritten at a time: whole native tiles of bytes, few enough to stay in registers.
+# What is rewritten at a time: whole native tiles of bytes, as many values as stay in registers.
 _ROWS, _LANES = 32, 4 * LANES
+_AT_A_TIME = _ROWS * _LANES
 _UNROLL = 8
 # Slots of the vector unit per 1024 values, from the compiler's schedules: magnitude, maximum, product,
 # rounding, packing; without and with arithmetic on packed bfloat16.
@@ -121,20 +122,22 @@ def _columns(p: QuantizeProblem, packed: bool, x: Any, values: Any, scale: Any) 
     """A block of whole columns, some lanes at a time: a running maximum of each sublane, then the values."""
     running = x.dtype if packed else jnp.float32
     sublanes = 32 // jnp.dtype(running).itemsize
-    turns = p.rows // _ROWS
-    rest = slice(turns * _ROWS, p.rows)
-    rows_of = lambda i: pl.ds(pl.multiple_of(i * _ROWS, _ROWS), _ROWS)
     for lanes in _pieces(x.shape[2], _LANES):
+        width = lanes.stop - lanes.start
+        count = _AT_A_TIME // pl_cdiv(width, LANES) // LANES // _ROWS * _ROWS
+        turns = p.rows // count
+        rest = slice(turns * count, p.rows)
+        rows_of = lambda i, count=count: pl.ds(pl.multiple_of(i * count, count), count)
         size = lambda rows, lanes=lanes: jnp.abs(x[0, rows, lanes].astype(running))
 
-        def top(i: jax.Array, so_far: jax.Array, size=size) -> jax.Array:
+        def top(i: jax.Array, so_far: jax.Array, size=size, rows_of=rows_of, count=count) -> jax.Array:
             part = size(rows_of(i))
-            for lo in range(0, _ROWS, sublanes):
+            for lo in range(0, count, sublanes):
                 so_far = jnp.maximum(so_far, part[lo : lo + sublanes])
             return so_far
 
-        nothing = jnp.zeros((sublanes, lanes.stop - lanes.start), running)
-        tops = jax.lax.fori_loop(0, turns, top, nothing, unroll=min(_UNROLL, max(turns, 1)))
+        unroll = min(_UNROLL, max(turns, 1))
+        tops = jax.lax.fori_loop(0, turns, top, jnp.zeros((sublanes, width), running), unroll=unroll)
         found = jnp.max(tops.astype(jnp.float32), axis=0, keepdims=True)
         if rest.start < rest.stop:
             found = jnp.maximum(found, jnp.max(size(rest).astype(jnp.float32), axis=0, keepdims=True))
@@ -143,7 +146,7 @@ def _columns(p: QuantizeProblem, packed: bool, x: Any, values: Any, scale: Any) 
         inverse = 1 / stored.astype(jnp.float32)
 
         @pl.loop(0, turns)
-        def _(i, lanes=lanes, inverse=inverse):
+        def _(i, lanes=lanes, inverse=inverse, rows_of=rows_of):
             values[0, rows_of(i), lanes] = _converted(p, x[0, rows_of(i), lanes], inverse)
 
         if rest.start < rest.stop:

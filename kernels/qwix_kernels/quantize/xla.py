@@ -14,7 +14,7 @@ from qwix_kernels.dispatch import Estimate
 from qwix_kernels.quantize.problem import QuantizeProblem
 
 # Up to here, x is likely to stay on the chip between the passes, or to be made by the op before them.
-_KEPT_BYTES = 8 << 20
+_KEPT_BYTES = 4 << 20
 
 
 def run(problem: QuantizeProblem, x: jax.Array, **_: Any) -> tuple[jax.Array, jax.Array]:
