@@ -27,19 +27,25 @@ from qwix._src.core.calibration import HowToQuantize
 from qwix._src.core.conv_general import ConvFused
 from qwix._src.core.fused_dot import FusedOptions
 from qwix._src.core.qarray import QArray
+from qwix._src.core.ragged_kernel import RaggedFused
 from qwix._src.core.transposed_qarray import DotDimensionNumbers, TransposedQArray
 from qwix._src.qconv import conv_problem as _conv_problem
 from qwix._src.qconv import qconv_general_dilated
+from qwix._src.qragged import qragged_dot, qragged_dot_general
+from qwix._src.qragged import ragged_problem as _ragged_problem
 
 __all__ = [
     "ConvFused",
     "FusedOptions",
+    "RaggedFused",
     "explain",
     "qconv_general_dilated",
     "qdot",
     "qdot_general",
     "qeinsum",
     "qgated_dot",
+    "qragged_dot",
+    "qragged_dot_general",
 ]
 
 Operand = jax.Array | QArray | TransposedQArray
@@ -244,7 +250,7 @@ def explain(
     lhs: Any,
     rhs: Any,
     *,
-    dimension_numbers: DotDimensionNumbers | None = None,
+    dimension_numbers: Any = None,
     chip: str | None = None,
     act_qtype: DTypeLike | str | None = None,
     act_tile_size: int | float | None = None,
@@ -260,9 +266,10 @@ def explain(
 
     Args:
       op: "dot", "dot_general" (with `dimension_numbers`), "gated_dot" (with `w_gate`, rhs being w_up),
+        "ragged_dot" (with `w_gate` or a ragged_dot_general's `dimension_numbers`, if need be),
         "conv_general_dilated" (with `geometry`), or einsum subscripts such as "btd,dnh->btnh".
       lhs, rhs: operands, or their shapes: `jax.ShapeDtypeStruct`, a QArray of them, or (shape, dtype).
-      dimension_numbers: of "dot_general".
+      dimension_numbers: of "dot_general" or "ragged_dot".
       chip: "v5e", "v5p", "v6e", "v7x", "h100", "b200" or "cpu"; the local device by default.
       act_qtype, ..., preferred_element_type, **fused: as for `qdot_general`; arrays may be shapes as well.
       w_gate, gate_bias: as for `qgated_dot`.
@@ -287,10 +294,13 @@ def explain(
     fused_dot = cast(FusedOptions, given)
     act = {"tile_size": act_tile_size, "qtype": act_qtype, "calibration_method": act_calibration_method}
     options: dict[str, Any] = {"precision": precision, "preferred_element_type": preferred_element_type}
-    if (op == "gated_dot") != (w_gate is not None):
-        raise ValueError("w_gate belongs to op 'gated_dot', which needs it.")
-    if op == "conv_general_dilated":
-        problem: Any = _conv_problem(lhs, rhs, geometry, cast(ConvFused, given), **act, **options)
+    if op != "ragged_dot" and (op == "gated_dot") != (w_gate is not None):
+        raise ValueError("w_gate belongs to op 'gated_dot', which needs it, and to 'ragged_dot'.")
+    if op == "ragged_dot":
+        both = cast(RaggedFused, {**given, "w_gate": w_gate, "gate_bias": gate_bias})
+        problem: Any = _ragged_problem(lhs, rhs, dimension_numbers, act, options, both)
+    elif op == "conv_general_dilated":
+        problem = _conv_problem(lhs, rhs, geometry, cast(ConvFused, given), **act, **options)
     elif op in ("dot", "dot_general", "gated_dot"):
         numbers = dimension_numbers if op == "dot_general" else _dot_numbers(lhs, rhs)
         if numbers is None:
@@ -309,8 +319,8 @@ def explain(
         problem = _einsum.matmul_problem(op, lhs, rhs, **options)
     else:
         raise ValueError(
-            f"op is {op!r}; it must be 'dot', 'dot_general', 'gated_dot', 'conv_general_dilated' or "
-            "subscripts of two operands."
+            f"op is {op!r}; it must be 'dot', 'dot_general', 'gated_dot', 'ragged_dot', "
+            "'conv_general_dilated' or subscripts of two operands."
         )
     if problem is None:
         raise ValueError(

@@ -41,7 +41,7 @@ def ranges(groups: Groups, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """
     batch = groups.sizes.shape[0]
     each = rows // batch
-    ends = jnp.minimum(jnp.cumsum(groups.sizes, axis=1), each)
+    ends = jnp.minimum(inclusive_sums(groups.sizes), each)
     starts = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))
     base = each * np.arange(batch, dtype=np.int32)[:, None]
     return (starts + base).reshape(-1), (ends + base).reshape(-1), matrix_of(groups).reshape(-1)
@@ -54,18 +54,14 @@ def matrix_of(groups: Groups) -> jax.Array:
     return jnp.asarray(np.arange(groups.sizes.size, dtype=np.int32).reshape(groups.sizes.shape))
 
 
-def row_visits(groups: Groups, rows: int, block: int) -> tuple[jax.Array, jax.Array]:
-    """(how many times up to `block` rows of each group with a matrix are taken, the sums of that).
-
-    For loops that may start at any row: no row is taken twice, and groups without a matrix not at all.
-    """
-    start, stop, matrix = ranges(groups, rows)
-    count = jnp.where(matrix >= 0, -(-(stop - start) // block), 0)
-    return count, jnp.cumsum(count)
+def inclusive_sums(x: jax.Array) -> jax.Array:
+    """Cumulative sums of short vectors along the last axis: quick to compile, unlike a scan."""
+    index = np.arange(x.shape[-1])
+    return jnp.sum(jnp.where(index[None, :] <= index[:, None], x[..., None, :], 0), axis=-1)
 
 
 def alive(groups: Groups, rows: int) -> jax.Array:
     """[M] whether each row belongs to a matrix."""
     start, stop, matrix = ranges(groups, rows)
-    at = jnp.searchsorted(stop, jnp.arange(rows), side="right").clip(0, stop.shape[0] - 1)
-    return (matrix[at] >= 0) & (start[at] <= jnp.arange(rows)) & (jnp.arange(rows) < stop[at])
+    row = np.arange(rows, dtype=np.int32)[:, None]
+    return jnp.any((matrix >= 0) & (start <= row) & (row < stop), axis=1)

@@ -1,14 +1,15 @@
 """The portable grouped matmuls: they run on every platform, refuse nothing, and are what a CPU uses.
 
-A loop over the row ranges, some rows at a time, each turn a matmul by the matmul's own portable path; so
+A loop over the groups, some rows at a time, each turn a matmul by the matmul's own portable path; so
 every scheme of that is a scheme of this, and the cost follows the rows that there are. (XLA's own ragged dot
-multiplies every row with every matrix on a CPU.) A turn starts where its range does, not at a multiple of
-anything; rows of the next range that it covers as well are computed and thrown away.
+multiplies every row with every matrix on a CPU.) Rows of the next group that a turn covers as well are
+computed and thrown away.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 
 from qwix_kernels.matmul import elementwise, xla
 from qwix_kernels.problem import Extras, MatmulProblem, Tensor
-from qwix_kernels.ragged_matmul.groups import ranges, row_visits
+from qwix_kernels.ragged_matmul.groups import inclusive_sums, ranges
 from qwix_kernels.ragged_matmul.problem import GmmProblem, Groups, TgmmProblem
 
 _LEAST_ROWS, _MOST_ROWS = 16, 256
@@ -48,8 +49,10 @@ def gmm(problem: GmmProblem, lhs: Tensor, rhs: Tensor, extras: Extras, groups: G
         quantize_lhs=None,
     )
 
+    turns, rows_of = _turns(groups, block, p.m)
+
     def turn(visit: jax.Array, out: jax.Array) -> jax.Array:
-        matrix, start, mine = _rows_of(visit, groups, block, p.m)
+        matrix, start, mine = rows_of(visit)
         mine_of = lambda x: _pick(x, matrix)
         left, weight = _rows(lhs, start, block), mine_of(rhs)
         here = {f: _rows(getattr(extras, f), start, block) for f in _BY_ROW}
@@ -59,7 +62,6 @@ def gmm(problem: GmmProblem, lhs: Tensor, rhs: Tensor, extras: Extras, groups: G
         result: Any = elementwise.finish(one, z, gate, Extras(**here))
         return _stored(out, result[0], start, mine[:, None])
 
-    turns = row_visits(groups, p.m, block)[1][-1]
     return jax.lax.fori_loop(0, turns, turn, jnp.zeros((p.m, p.n), p.out_dtype))
 
 
@@ -73,28 +75,39 @@ def tgmm(problem: TgmmProblem, lhs: Tensor, g: Tensor, groups: Groups) -> jax.Ar
     along = lambda x: dataclasses.replace(x, batch=1, tile_k=block if x.is_quantized else 0)
     one = MatmulProblem(p.k, block, p.n, along(p.lhs), along(p.g), p.out_dtype, precision=p.precision)
 
+    turns, rows_of = _turns(groups, block, p.m)
+
     def turn(visit: jax.Array, out: jax.Array) -> jax.Array:
-        matrix, start, mine = _rows_of(visit, groups, block, p.m)
+        matrix, start, mine = rows_of(visit)
         # Rows that count already, or are in another range, must not even be multiplied by zero.
         left, right = (_only(_rows(x, start, block), mine) for x in (lhs, g))
         left = jax.tree.map(lambda x: x.mT, left)
         z = xla.multiply(one, left, right, None).astype(sums)
         return jax.lax.dynamic_update_slice_in_dim(out, _pick(out, matrix) + z, matrix, 0)
 
-    turns = row_visits(groups, p.m, block)[1][-1]
     out = jax.lax.fori_loop(0, turns, turn, jnp.zeros((p.matrices, p.k, p.n), sums))
     return out.astype(p.out_dtype)
 
 
-def _rows_of(visit: jax.Array, groups: Groups, block: int, m: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(matrix, first row, which of the `block` rows from there are new and in the range) of a visit."""
-    count, done = row_visits(groups, m, block)
+def _turns(groups: Groups, block: int, m: int) -> tuple[jax.Array, Callable[[jax.Array], Any]]:
+    """How many turns there are, and of one (matrix, first row, which of the `block` rows are its own).
+
+    A turn starts where its group does, so that groups which end with a turn waste nothing.
+    """
     begin, stop, matrix = ranges(groups, m)
-    at = jnp.sum(done <= visit)
-    wanted = begin[at] + (visit - done[at] + count[at]) * block
-    start = jnp.minimum(wanted, m - block)
-    row = start + jnp.arange(block, dtype=jnp.int32)
-    return matrix[at], start, (row >= wanted) & (row < stop[at])
+    count = jnp.where(matrix >= 0, -(-(stop - begin) // block), 0)
+    done = inclusive_sums(count)
+    first = begin - (done - count) * block  # row of turn 0, if all turns were this group's
+
+    def rows_of(turn: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        at = jnp.sum((done <= turn).astype(jnp.int32))
+        pick = lambda a: jax.lax.dynamic_index_in_dim(a, at, keepdims=False)
+        wanted = pick(first) + turn * block
+        start = jnp.minimum(wanted, m - block)
+        row = start + jnp.arange(block, dtype=jnp.int32)
+        return pick(matrix), start, (row >= wanted) & (row < pick(stop))
+
+    return done[-1], rows_of
 
 
 def _pick(x: Any, index: jax.Array) -> Any:
