@@ -15,9 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
-from qwix_kernels import dispatch
+from qwix_kernels import dispatch, lowering
 from qwix_kernels.conv import images, primitive, xla
 from qwix_kernels.conv.describe import problem_of
 from qwix_kernels.conv.problem import NO_EXTRAS, ConvExtras, ConvProblem
@@ -95,7 +94,9 @@ def conv(
     names = (implementation,) if isinstance(implementation, str) else implementation
     names = None if names is None else tuple(names)
     dispatch.named(problem, names)
-    bypass = out_sharding is not None or _has_explicit_axes() or 0 in (*problem.out_shape, problem.k)
+    bypass = (
+        out_sharding is not None or bool(lowering.explicit_axes()) or 0 in (*problem.out_shape, problem.k)
+    )
     given = as_tensor(lhs), as_tensor(rhs), extras or NO_EXTRAS
     left, right, more = vary_alike(jax.tree.map(jnp.asarray, given))  # type: ignore[arg-type]
     out = _conv(problem, _How(names, out_sharding, bypass), left, right, more)
@@ -104,15 +105,11 @@ def conv(
     return Tensor(out[0], more.out_scale if quantize_out.static else out[1])  # type: ignore[attr-defined]
 
 
-def _has_explicit_axes() -> bool:
-    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _conv(problem: ConvProblem, how: _How, lhs: Tensor, rhs: Tensor, extras: ConvExtras) -> list[jax.Array]:
     if how.bypass:
         return jax.tree.leaves(xla.run(problem, lhs, rhs, extras, out_sharding=how.out_sharding))
-    return primitive.bind(problem, how.names, lhs, rhs, extras)
+    return primitive.bind(problem, lowering.How(how.names), lhs, rhs, extras)
 
 
 def _forward(problem: ConvProblem, how: _How, lhs: Tensor, rhs: Tensor, extras: ConvExtras):

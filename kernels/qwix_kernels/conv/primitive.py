@@ -9,31 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import mlir
 
-from qwix_kernels import chips, dispatch
+from qwix_kernels import dispatch, lowering
 from qwix_kernels.chips import Chip
 from qwix_kernels.conv import cost, xla
 from qwix_kernels.conv.problem import ConvExtras, ConvProblem
+from qwix_kernels.lowering import How
 from qwix_kernels.problem import Epilogue, Operand, Tensor
 
 Operands = tuple[Tensor, Tensor, ConvExtras]
-
-
-def _tpu(name: str):
-    """A function of tpu.py, which is loaded only when a TPU is asked about."""
-
-    def call(*args, **kwargs):
-        return getattr(importlib.import_module("qwix_kernels.conv.tpu"), name)(*args, **kwargs)
-
-    return call
 
 
 def _run_xla(problem: ConvProblem, lhs: Tensor, rhs: Tensor, extras: ConvExtras, *, config: Any, chip: Chip):
@@ -42,30 +32,13 @@ def _run_xla(problem: ConvProblem, lhs: Tensor, rhs: Tensor, extras: ConvExtras,
 
 dispatch.register(
     ConvProblem,
-    (
-        dispatch.Implementation(
-            name="mosaic_tpu",
-            platforms=("tpu",),
-            check=_tpu("check"),
-            estimate=_tpu("estimate"),
-            run=_tpu("run"),
-        ),
-        dispatch.Implementation(
-            name="xla",
-            platforms=(),
-            check=lambda problem, chip: None,
-            estimate=lambda problem, chip, config: cost.xla_estimate(problem, chip),
-            run=_run_xla,
-        ),
-    ),
+    lowering.kernel_or_xla("qwix_kernels.conv.tpu", _run_xla, cost.xla_estimate, configurable=False),
 )
 
-Names = tuple[str, ...] | None
 
-
-def bind(problem: ConvProblem, names: Names, lhs: Tensor, rhs: Tensor, extras: ConvExtras) -> list[jax.Array]:
+def bind(problem: ConvProblem, how: How, lhs: Tensor, rhs: Tensor, extras: ConvExtras) -> list[jax.Array]:
     """[N, *out, O] of operands that `problem` describes; and the scales, where they are quantized."""
-    return conv_p.bind(*jax.tree.leaves((lhs, rhs, extras)), problem=problem, names=names)
+    return conv_p.bind(*jax.tree.leaves((lhs, rhs, extras)), problem=problem, how=how)
 
 
 def _unflatten(problem: ConvProblem, leaves: Sequence[Any]) -> Operands:
@@ -87,7 +60,7 @@ def _structure(problem: ConvProblem) -> Any:
     return jax.tree.structure((tensor(problem.lhs), tensor(problem.rhs), extras))
 
 
-def _abstract(*avals, problem: ConvProblem, names: Names):
+def _abstract(*avals, problem: ConvProblem, how: How):
     lhs = avals[0]
     outs = [lhs.update(shape=problem.out_shape, dtype=jnp.dtype(problem.out_dtype))]
     if problem.epilogue and problem.epilogue.scales_out:
@@ -96,7 +69,7 @@ def _abstract(*avals, problem: ConvProblem, names: Names):
     return outs
 
 
-def _batch_rule(args, axes, *, problem: ConvProblem, names: Names):
+def _batch_rule(args, axes, *, problem: ConvProblem, how: How):
     """More images where only what belongs to images is mapped; XLA's rules for everything else."""
     size = next(a.shape[axis] for a, axis in zip(args, axes, strict=True) if axis is not None)
     mapped: Any = _unflatten(problem, [axis is not None for axis in axes])
@@ -127,7 +100,7 @@ def _batch_rule(args, axes, *, problem: ConvProblem, names: Names):
     if problem.lhs.is_quantized:
         operand = dataclasses.replace(operand, tile_free=size * n // images.scale.shape[0])  # type: ignore[union-attr]
     new = dataclasses.replace(problem, lhs=operand)
-    outs = bind(new, names, images, rhs, small)
+    outs = bind(new, how, images, rhs, small)
     return [out.reshape(size, n, *out.shape[1:]) for out in outs], [0] * len(outs)
 
 
@@ -147,37 +120,19 @@ def _leaves(out: Any) -> list[jax.Array]:
     return jax.tree.leaves(out)
 
 
-def _lower(ctx, *args, problem: ConvProblem, names: Names, platform: str | None):
-    axis_context = ctx.module_context.axis_context
-    devices = getattr(axis_context, "device_assignment", None)
-    mesh = getattr(axis_context, "abstract_mesh", None) or getattr(axis_context, "mesh", None)
-    device = devices[0] if devices else getattr(mesh, "abstract_device", None)
-    platforms = (platform,) if platform else tuple(ctx.platforms or ctx.module_context.platforms)
-    targets = [chips.chip_for_lowering(name, device) for name in platforms]
-    decided = [_decide(problem, names, chip, getattr(axis_context, "num_devices", 1)) for chip in targets]
-    chip, impl = targets[-1], decided[-1]
+def _lower(ctx, *args, problem: ConvProblem, how: How, platform: str | None):
+    known, described = has_sizes(problem), problem
+    if not known:
+        described = dataclasses.replace(problem, lhs=dataclasses.replace(problem.lhs, free=1, tile_free=1))
+    decision = lowering.decide(ctx, platform, described, how, sizes_known=known)
     count = len(ctx.avals_out)
 
     def fun(*arrays):
-        out = impl.run(problem, *_unflatten(problem, arrays), config=None, chip=chip)
+        operands = _unflatten(problem, arrays)
+        out = decision.impl.run(problem, *operands, config=decision.config, chip=decision.chip)
         return tuple(jax.tree.leaves(out))[:count]
 
     return mlir.lower_fun(fun, multiple_results=True)(ctx, *args)
-
-
-def _decide(problem: ConvProblem, names: Names, chip: Chip, devices: int) -> dispatch.Implementation:
-    refusal = None
-    if devices > 1:
-        refusal = (
-            f"the compiler cannot partition a kernel over {devices} devices; call conv inside jax.shard_map"
-        )
-    if not has_sizes(problem):
-        refusal = "a kernel needs sizes that are known when it is compiled, not symbolic ones"
-        problem = dataclasses.replace(problem, lhs=dataclasses.replace(problem.lhs, free=1, tile_free=1))
-    impl, explanation = dispatch.choose(problem, chip, names, None, refusal)
-    if names is None:
-        dispatch.warn_of_fallback(explanation, chip)
-    return impl
 
 
 def has_sizes(problem: ConvProblem) -> bool:
@@ -185,15 +140,4 @@ def has_sizes(problem: ConvProblem) -> bool:
     return isinstance(problem.batch, int)
 
 
-conv_p = Primitive("qwix_conv")
-conv_p.multiple_results = True
-conv_p.def_abstract_eval(_abstract)
-conv_p.def_impl(lambda *args, **params: _jitted(**params)(*args))
-batching.primitive_batchers[conv_p] = _batch_rule
-mlir.register_lowering(conv_p, functools.partial(_lower, platform=None))
-mlir.register_lowering(conv_p, functools.partial(_lower, platform="tpu"), platform="tpu")
-
-
-@functools.lru_cache(maxsize=4096)
-def _jitted(problem: ConvProblem, names: Names):
-    return jax.jit(functools.partial(conv_p.bind, problem=problem, names=names))
+conv_p = lowering.primitive("qwix_conv", _abstract, _batch_rule, _lower)

@@ -2,6 +2,7 @@
 
     1 x 1       a matmul of the pixels, by the matmul kernel, where reshaping moves nothing and one scale
                 serves all images
+    depthwise   the vector unit (tpu_depthwise.py)
     the rest    one kernel (tpu_kernel.py) under a plan (tpu_plan.py)
 
 Both read images and kernels as they lie in HBM; only scales, which are small, are laid out anew outside.
@@ -20,9 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwix_kernels.chips import Chip
-from qwix_kernels.conv import tpu_estimate, tpu_kernel, tpu_pointwise
+from qwix_kernels.conv import tpu_depthwise, tpu_epilogue, tpu_estimate, tpu_kernel, tpu_pointwise
 from qwix_kernels.conv.problem import NO_EXTRAS, ConvExtras, ConvProblem, Window
-from qwix_kernels.conv.tpu_plan import Plan, make_plan
+from qwix_kernels.conv.tpu_plan import Plan, dot_dtypes, make_plan
 from qwix_kernels.dispatch import Estimate
 from qwix_kernels.matmul.tpu_config import LANES, pl_cdiv
 from qwix_kernels.problem import Tensor, dtype_bits
@@ -31,6 +32,7 @@ _LHS = ("bfloat16", "float32", "int8", "int4", "float8_e4m3fn", "float8_e5m2")
 _RHS = ("bfloat16", "int8", "int4", "float8_e4m3fn", "float8_e5m2")
 _OUT = ("bfloat16", "float32", "int32")
 _LEAST_FEATURES = 32
+_MOST_COLUMNS, _CHUNKS_TRIED = 1024, 8
 _MOST_PLACES = 2048  # in one chunk
 _MOST_PUSHES = 640  # see `Plan.pushes`
 
@@ -50,12 +52,10 @@ def check(problem: ConvProblem, chip: Chip) -> None:
         refuse("has one or two spatial axes")
     if 0 in (*p.out_shape, p.k):
         refuse("has no empty operands")
-    if p.groups > 1:
-        refuse(f"has one feature group, not {p.groups}")
+    if p.groups > 1 and not p.is_depthwise:
+        refuse(f"has one feature group or depthwise ones, not {p.groups}")
     if any(w.lhs_dilation > 1 for w in p.windows):
         refuse("has no holes in the lhs (lhs_dilation)")
-    if p.features < _LEAST_FEATURES:
-        refuse(f"takes at least {_LEAST_FEATURES} input features")
     for name, x, taken in (("lhs", p.lhs, _LHS), ("rhs", p.rhs, _RHS)):
         if x.dtype not in taken or x.codebook:
             refuse(f"takes {', '.join(taken)} as {name}")
@@ -79,14 +79,20 @@ def check(problem: ConvProblem, chip: Chip) -> None:
     floats = [x for x in (p.lhs, p.rhs) if x.dtype in ("bfloat16", "float32")]
     if p.precision not in (None, "default") and floats and not p.quantize_lhs:
         refuse(f"multiplies floats in bfloat16, not with precision {p.precision!r}")
-    if tpu_pointwise.takes(p, chip):
+    if p.is_depthwise and (reason := tpu_depthwise.refusal(_planar(p), chip)):
+        refuse(reason)
+    if p.is_depthwise or tpu_pointwise.takes(p, chip):
         return
+    if p.features < _LEAST_FEATURES:
+        refuse(f"takes at least {_LEAST_FEATURES} input features")
     if not any(True for _ in fitting(_planar(p), chip)):
         refuse("finds no blocks that its VMEM holds: it keeps whole images there")
 
 
 def estimate(problem: ConvProblem, chip: Chip, config: None = None) -> Estimate:
     """Static cost on one core."""
+    if problem.is_depthwise:
+        return tpu_depthwise.estimate(_planar(problem), chip)
     if tpu_pointwise.takes(problem, chip):
         return tpu_pointwise.estimate(problem, chip)
     return tpu_estimate.estimate(best(_planar(problem), chip), chip)
@@ -102,19 +108,32 @@ def fitting(p: ConvProblem, chip: Chip) -> Iterator[Plan]:
     """Plans that the chip's VMEM holds."""
     width = max(p.out[1], *(pl_cdiv(p.windows[1].size, w.stride) for w in p.windows[1:]))
     pitches = {pl_cdiv(width, unit) * unit for unit in (8, 16, 32)}
-    columns = {p.out_features} | {n for n in (128, 256, 512, 640) if n < p.out_features}
+    columns = {n for n in (128, 256, 512, 640) if n < p.out_features}
+    columns |= {p.out_features} if p.out_features <= _MOST_COLUMNS else set()
+    unit = 32 if dot_dtypes(p, chip)[0] != "bfloat16" else 16
     for pitch in sorted(pitches):
-        for images in (n for n in (1, 2, 4, 8, 16) if n <= p.batch):
-            for rows in range(1, _MOST_PLACES // pitch + 1):
-                if rows * pitch % 32:
-                    continue
-                for block_n in columns:
-                    try:
-                        plan = make_plan(p, chip, pitch, images, rows, block_n)
-                    except NotImplementedError:
-                        continue
-                    if plan.pushes <= _MOST_PUSHES:
-                        yield plan
+        for block_n in sorted(columns):
+            each = pl_cdiv(p.k, chip.mxu) * pl_cdiv(block_n, chip.mxu)
+            most = max(1, min(_MOST_PLACES, _MOST_PUSHES * unit // each) // pitch)
+            for images in (n for n in (1, 2, 4, 8, 16) if n <= p.batch):
+                yield from _with_chunks(p, chip, pitch, images, block_n, most)
+
+
+def _with_chunks(
+    p: ConvProblem, chip: Chip, pitch: int, images: int, block_n: int, most: int
+) -> Iterator[Plan]:
+    """The plans with the longest chunks, up to some `most` rows: the more chunks, the less is hidden."""
+    found = 0
+    for rows in range(most, 0, -1):
+        if rows * pitch % 32:
+            continue
+        try:
+            yield make_plan(p, chip, pitch, images, rows, block_n)
+        except NotImplementedError:
+            continue
+        found += 1
+        if found == _CHUNKS_TRIED:
+            return
 
 
 def _planar(p: ConvProblem) -> ConvProblem:
@@ -142,7 +161,9 @@ def run(
       interpret: a `pltpu.InterpretParams` runs the kernel on the CPU.
       plan: instead of the best one.
     """
-    if plan is None and tpu_pointwise.takes(problem, chip):
+    if problem.is_depthwise:
+        out = tpu_depthwise.run(_planar(problem), lhs, rhs, extras, chip=chip, interpret=interpret)
+    elif plan is None and tpu_pointwise.takes(problem, chip):
         out = tpu_pointwise.run(problem, lhs, rhs, extras, chip=chip, interpret=interpret)
     else:
         out = _run(plan or best(_planar(problem), chip), lhs, rhs, extras, chip, interpret)
@@ -186,26 +207,10 @@ def _operands(
     out = [("lhs", x, pl.BlockSpec(block, lambda b, j: (b, 0, 0, 0)))]
     weights = rhs.values.reshape(p.k, p.out_features)
     out.append(("rhs", weights, pl.BlockSpec((p.k, columns), lambda b, j: (0, j))))
-    scale = None if rhs.scale is None else rhs.scale.astype(jnp.float32).reshape(1, -1)
-    of_image = extras.lhs_scale if plan.quantizes else lhs.scale
-    if of_image is not None:
-        of_image = of_image.astype(jnp.float32).reshape(-1, 1, 1)
-        if of_image.shape[0] == 1 and not plan.quantizes:  # one for all images rides on the kernel's
-            scale, of_image = of_image[0] if scale is None else scale * of_image[0], None
-    row = lambda v: jnp.broadcast_to(
-        jnp.repeat(v, p.out_features // v.shape[1], axis=1) if v.shape[1] > 1 else v, (1, p.out_features)
-    )
     across = pl.BlockSpec((1, columns), lambda b, j: (0, j))
-    if scale is not None:
-        out.append(("rhs_scale", row(scale), across))
-    if of_image is not None:
-        of_image = jnp.repeat(of_image, n // of_image.shape[0], axis=0)
-        wide = jnp.broadcast_to(of_image, (n, 1, LANES))
-        out.append(("lhs_scale", wide, pl.BlockSpec((images, 1, LANES), lambda b, j: (b, 0, 0))))
-    if extras.bias is not None:
-        out.append(("bias", extras.bias.astype(jnp.float32).reshape(1, -1), across))
-    if extras.out_scale is not None:
-        out.append(("out_scale", row(extras.out_scale.astype(jnp.float32).reshape(1, 1)), across))
+    of_image = pl.BlockSpec((images, 1, LANES), lambda b, j: (b, 0, 0))
+    small = tpu_epilogue.operands(p, lhs, rhs, extras)
+    out += [(name, v, of_image if name == "lhs_scale" else across) for name, v in small.items()]
     masks = tpu_kernel.mask_array(plan)
     if masks is not None:
         out.append(("masks", jnp.asarray(masks), pl.BlockSpec(masks.shape, lambda b, j: (0, 0, 0))))

@@ -20,9 +20,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from qwix_kernels.conv import tpu_epilogue
 from qwix_kernels.conv.tpu_plan import Copy, Plan
 from qwix_kernels.matmul import tpu_values as values
-from qwix_kernels.matmul.elementwise import activate, row_scale
+from qwix_kernels.matmul.elementwise import row_scale
 from qwix_kernels.matmul.tpu_config import LANES
 from qwix_kernels.problem import dtype_bits
 
@@ -86,7 +87,10 @@ def _scale(plan: Plan, r: Refs, image: int) -> jax.Array | None:
     """1 / scale of an image, [1, 1], where it is quantized here; the scale is kept for the sums."""
     scale = None
     if plan.finds_scale:
-        scale = row_scale(_absmax(plan, r["lhs"], image), plan.problem.quantize_lhs)
+        h, w = plan.windows
+        packed = plan.bf16_math and r["lhs"].dtype == jnp.bfloat16
+        top = tpu_epilogue.absmax(r["lhs"], image, h.size, w.size, packed=packed)
+        scale = row_scale(top, plan.problem.quantize_lhs)
         r["found"][image, :, :] = jnp.broadcast_to(scale, r["found"].shape[1:])
     elif "lhs_scale" in r:
         scale = r["lhs_scale"][image, :1, :1]
@@ -97,29 +101,6 @@ def _scale(plan: Plan, r: Refs, image: int) -> jax.Array | None:
         return None
     assert scale is not None and plan.problem.quantize_lhs is not None
     return values.inverse(scale, plan.problem.quantize_lhs)
-
-
-def _absmax(plan: Plan, x: Any, image: int) -> jax.Array:
-    """max |x| of an image, [1, 1]; what the block holds past the image does not count."""
-    h, w = plan.windows
-    whole = w.size // 16 * 16
-    parts = [slice(0, whole)] * (whole > 0) + [slice(whole, plan.block_columns)] * (w.size > whole)
-    packed = plan.bf16_math and x.dtype == jnp.bfloat16
-
-    def size(row: Any, part: slice) -> jax.Array:
-        v = x[image, row, part, :]
-        v = jnp.abs(v if packed else v.astype(jnp.float32))
-        if part.stop > w.size:
-            column = lax.broadcasted_iota(jnp.int32, v.shape, 0) + part.start
-            v = jnp.where(column < w.size, v.astype(jnp.float32), 0).astype(v.dtype)
-        return v
-
-    def step(row: jax.Array, tops: list[jax.Array]) -> list[jax.Array]:
-        return [jnp.maximum(top, size(row, part)) for top, part in zip(tops, parts, strict=True)]
-
-    tops = lax.fori_loop(1, h.size, step, [size(0, part) for part in parts])
-    found = [jnp.max(top.astype(jnp.float32), axis=(0, 1), keepdims=True) for top in tops]
-    return found[0] if len(found) == 1 else jnp.maximum(found[0], found[1])
 
 
 def _stage_phase(plan: Plan, r: Refs, image: int, phase: tuple[int, int], inverse: jax.Array | None) -> None:
@@ -299,31 +280,20 @@ def _dot(plan: Plan, emulate: bool, lhs: jax.Array, rhs: jax.Array) -> jax.Array
 
 def _finish(plan: Plan, r: Refs, i: jax.Array, total: jax.Array) -> None:
     """Scales, bias, activation, and the result of a chunk."""
-    e = plan.problem.epilogue
-    z = total
-    scale = r["rhs_scale"][...] if "rhs_scale" in r else None
-    of_image = "lhs_scale" in r or plan.finds_scale
-    if of_image and plan.images == 1:
-        one = r["found" if plan.finds_scale else "lhs_scale"][0, :1, :1]
-        scale = one if scale is None else scale * one
-    if scale is not None:
-        z = z.astype(jnp.float32) * scale
-    if of_image and plan.images > 1:
-        z = z.astype(jnp.float32) * _lanes(r["row_scale"][pl.ds(i * plan.chunk, plan.chunk), :], z.shape[1])
-    if e is not None:
-        z = z.astype(jnp.float32)
-        if e.bias:
-            z = z + r["bias"][...]
-        z = activate(z, e.activation)
-        if e.quantize is not None:
-            z = values.quantize(z * (1.0 / r["out_scale"][...]), e.quantize)
+    of_image = None
+    if "lhs_scale" in r or plan.finds_scale:
+        if plan.images > 1:
+            of_image = _lanes(r["row_scale"][pl.ds(i * plan.chunk, plan.chunk), :], total.shape[1])
+        else:
+            of_image = r["found" if plan.finds_scale else "lhs_scale"][0, :1, :1]
+    z = tpu_epilogue.finish(plan.problem, r, total, of_image)
     _store(plan, r, i, z)
 
 
 def _store(plan: Plan, r: Refs, i: jax.Array, z: jax.Array) -> None:
     """Some rows of an image, or all rows of some images."""
     rows, columns = plan.chunk_rows, z.shape[1]
-    z = values.narrow(z.reshape(rows, plan.pitch, columns), plan.problem.out_dtype)
+    z = z.reshape(rows, plan.pitch, columns)
     if plan.images == 1:
         r["out"][0, pl.ds(i * rows, rows)] = z
     elif rows <= plan.rows:
