@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qwix_kernels.lowering import How
 from qwix_kernels.matmul import gradient, primitive
 from qwix_kernels.matmul.describe import as_tensor, problem_of
 from qwix_kernels.problem import Extras, MatmulProblem, RowQuantize, Tensor
@@ -89,7 +90,7 @@ def matmul(
         quantize_out=quantize_out,
     )
     names = (implementation,) if isinstance(implementation, str) else implementation
-    how = primitive.How(None if names is None else tuple(names), config)
+    how = How(None if names is None else tuple(names), config)
     primitive.check_names(problem, how)
     given = as_tensor(lhs), as_tensor(rhs), extras or Extras()
     left, right, more = primitive.vary_alike(jax.tree.map(jnp.asarray, given))
@@ -101,13 +102,11 @@ def matmul(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(
-    problem: MatmulProblem, how: primitive.How, lhs: Tensor, rhs: Tensor, extras: Extras
-) -> list[jax.Array]:
+def _matmul(problem: MatmulProblem, how: How, lhs: Tensor, rhs: Tensor, extras: Extras) -> list[jax.Array]:
     return primitive.bind(problem, how, lhs, rhs, extras)
 
 
-def _forward(problem: MatmulProblem, how: primitive.How, lhs: Tensor, rhs: Tensor, extras: Extras):
+def _forward(problem: MatmulProblem, how: How, lhs: Tensor, rhs: Tensor, extras: Extras):
     if problem.epilogue and problem.epilogue.quantize:
         raise ValueError(
             "A result that is quantized (quantize_out) has no gradient. Leave it float where gradients flow "
@@ -116,7 +115,7 @@ def _forward(problem: MatmulProblem, how: primitive.How, lhs: Tensor, rhs: Tenso
     return primitive.bind(problem, how, lhs, rhs, extras), (lhs, rhs, extras)
 
 
-def _backward(problem: MatmulProblem, how: primitive.How, saved: primitive.Operands, g: list[jax.Array]):
+def _backward(problem: MatmulProblem, how: How, saved: primitive.Operands, g: list[jax.Array]):
     return gradient.backward(problem, how, matmul, saved, g[0])
 
 

@@ -19,8 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qwix_kernels.lowering import How
 from qwix_kernels.matmul import elementwise
-from qwix_kernels.matmul.primitive import How, Operands
+from qwix_kernels.matmul.primitive import Operands
 from qwix_kernels.problem import Epilogue, Extras, MatmulProblem, Tensor
 
 Matmul = Callable[..., Any]

@@ -13,38 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
-from qwix_kernels import chips, dispatch, tuning
+from qwix_kernels import dispatch, lowering
 from qwix_kernels.chips import Chip
+from qwix_kernels.lowering import How, explicit_axes
 from qwix_kernels.matmul import cost, elementwise, xla
 from qwix_kernels.problem import NO_EXTRAS, ROW_EXTRAS, Epilogue, Extras, MatmulProblem, Operand, Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class How:
-    """What a caller asks of dispatch. Part of the primitive's parameters, so of every cache's key."""
-
-    implementation: tuple[str, ...] | None = None
-    config: Any = None
-    ambient_config: Any = None  # that of `tuning.use` when the op was traced
-
-
-def _tpu(name: str):
-    """A function of tpu_stored.py, which is loaded only when a TPU is asked about."""
-
-    def call(*args, **kwargs):
-        return getattr(importlib.import_module("qwix_kernels.matmul.tpu_stored"), name)(*args, **kwargs)
-
-    return call
 
 
 def _run_xla(
@@ -65,24 +46,7 @@ def _run_xla(
 
 dispatch.register(
     MatmulProblem,
-    (
-        dispatch.Implementation(
-            name="mosaic_tpu",
-            platforms=("tpu",),
-            check=_tpu("check"),
-            estimate=_tpu("estimate"),
-            run=_tpu("run"),
-            heuristic_config=_tpu("heuristic_config"),
-            config_type=lambda: importlib.import_module("qwix_kernels.matmul.tpu").Config,
-        ),
-        dispatch.Implementation(
-            name="xla",
-            platforms=(),
-            check=lambda problem, chip: None,
-            estimate=lambda problem, chip, config: cost.xla_estimate(problem, chip),
-            run=_run_xla,
-        ),
-    ),
+    lowering.kernel_or_xla("qwix_kernels.matmul.tpu_stored", _run_xla, cost.xla_estimate),
 )
 
 
@@ -109,9 +73,7 @@ def bind(
         extras = dataclasses.replace(extras, **by_row)
         left = dataclasses.replace(problem.lhs, batch=1, free=batch * m)
         problem = dataclasses.replace(problem, m=batch * m, lhs=left)
-    if how.ambient_config is None:
-        how = dataclasses.replace(how, ambient_config=tuning.ambient())
-    outs = matmul_p.bind(*jax.tree.leaves((lhs, rhs, extras)), problem=problem, how=how)
+    outs = matmul_p.bind(*jax.tree.leaves((lhs, rhs, extras)), problem=problem, how=how.traced())
     return [out.reshape(batch, m, out.shape[2]) if fold else out for out in outs]
 
 
@@ -157,11 +119,6 @@ def with_own_batch(x: Tensor) -> Tensor:
         return x
     repeat = lambda a: None if a is None else jnp.repeat(a, x.shape[0] // a.shape[0], axis=0)
     return dataclasses.replace(x, scale=repeat(x.scale), zero_point=repeat(x.zero_point))
-
-
-def explicit_axes() -> tuple[str, ...]:
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
 
 
 Operands = tuple[Tensor, Tensor, Extras]
@@ -301,51 +258,30 @@ def _batch_into_rows(groups, front, problem: MatmulProblem, how: How, size: int)
 
 
 def _lower(ctx, *args, problem: MatmulProblem, how: How, platform: str | None):
-    axis_context = ctx.module_context.axis_context
-    devices = getattr(axis_context, "device_assignment", None)
-    mesh = getattr(axis_context, "abstract_mesh", None) or getattr(axis_context, "mesh", None)
-    device = devices[0] if devices else getattr(mesh, "abstract_device", None)
-    # Platforms without a rule of their own share one lowering; all implementations they may get are portable.
-    names = (platform,) if platform else tuple(ctx.platforms or ctx.module_context.platforms)
-    targets = [chips.chip_for_lowering(name, device) for name in names]
-    decided = [_decide(problem, how, chip, getattr(axis_context, "num_devices", 1)) for chip in targets]
-    chip, (impl, config) = targets[-1], decided[-1]
-    options: dict[str, Any] = {"config": config, "chip": chip}
-    if impl.name == "xla":
-        # Inside shard_map there is no number of devices.
-        alone = getattr(axis_context, "num_devices", None) == 1 and _has_sizes(problem)
-        options["apart"] = names == ("cpu",) and alone
+    known, described = _has_sizes(problem), problem
+    if not known:
+        left, right = _sized(problem.lhs), _sized(problem.rhs)
+        described = dataclasses.replace(problem, m=_NOMINAL, lhs=left, rhs=right)
+    decision = lowering.decide(ctx, platform, described, how, sizes_known=known, warns=_is_quantized)
+    options: dict[str, Any] = {"config": decision.config, "chip": decision.chip}
+    if decision.impl.name == "xla":
+        options["apart"] = decision.platforms == ("cpu",) and decision.devices == 1 and known
     count, shardings = len(ctx.avals_out), tuple(aval.sharding for aval in ctx.avals_out)
 
     def fun(*arrays):
         def run_here(*operands):
-            return tuple(jax.tree.leaves(impl.run(problem, *operands, **options)))[:count]
+            return tuple(jax.tree.leaves(decision.impl.run(problem, *operands, **options)))[:count]
 
         run: Any = run_here
-        if impl.name == "xla" and explicit_axes():
+        if decision.impl.name == "xla" and explicit_axes():
             run = jax.sharding.auto_axes(run, out_sharding=shardings)
         return run(*_unflatten(problem, arrays))
 
     return mlir.lower_fun(fun, multiple_results=True)(ctx, *args)
 
 
-def _decide(problem: MatmulProblem, how: How, chip: Chip, devices: int):
-    """(implementation, config) for a program that the compiler partitions over `devices`."""
-    refusal = None
-    if devices > 1:
-        refusal = (
-            f"the compiler cannot partition a kernel over {devices} devices; call matmul inside jax.shard_map"
-        )
-    if not _has_sizes(problem):
-        refusal = "a kernel needs sizes that are known when it is compiled, not symbolic ones"
-        problem = dataclasses.replace(problem, m=_NOMINAL, lhs=_sized(problem.lhs), rhs=_sized(problem.rhs))
-    with tuning.use(how.ambient_config):
-        impl, explanation = dispatch.choose(problem, chip, how.implementation, how.config, refusal)
-    quantized = problem.lhs.is_quantized or problem.rhs.is_quantized or problem.quantize_lhs
-    if how.implementation is None and quantized:
-        dispatch.warn_of_fallback(explanation, chip)
-        dispatch.warn_of_untuned(explanation, chip)
-    return impl, explanation.config
+def _is_quantized(problem: MatmulProblem) -> bool:
+    return bool(problem.lhs.is_quantized or problem.rhs.is_quantized or problem.quantize_lhs)
 
 
 def _has_sizes(problem: MatmulProblem) -> bool:
@@ -363,15 +299,4 @@ def _sized(x: Operand) -> Operand:
 
 _NOMINAL = 256
 
-matmul_p = Primitive("qwix_matmul")
-matmul_p.multiple_results = True
-matmul_p.def_abstract_eval(_abstract)
-matmul_p.def_impl(lambda *args, **params: _jitted(**params)(*args))
-batching.primitive_batchers[matmul_p] = _batch_rule
-mlir.register_lowering(matmul_p, functools.partial(_lower, platform=None))
-mlir.register_lowering(matmul_p, functools.partial(_lower, platform="tpu"), platform="tpu")
-
-
-@functools.lru_cache(maxsize=4096)
-def _jitted(problem: MatmulProblem, how: How):
-    return jax.jit(functools.partial(matmul_p.bind, problem=problem, how=how))
+matmul_p = lowering.primitive("qwix_matmul", _abstract, _batch_rule, _lower)

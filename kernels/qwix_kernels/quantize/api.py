@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
-from jax.sharding import AxisType
+from jax.interpreters import mlir
 
-from qwix_kernels import chips, dispatch
+from qwix_kernels import dispatch, lowering
+from qwix_kernels.lowering import How
 from qwix_kernels.quantize import xla
 from qwix_kernels.quantize.problem import Axis, QuantizeProblem
 
@@ -63,95 +62,43 @@ def quantize(
     dispatch.named(problem, names)
     if not x.size:
         return x.astype(dtype), jnp.ones(problem.scale_shape, x.dtype)
-    if any(kind == AxisType.Explicit for kind in jax.sharding.get_abstract_mesh().axis_types):
-        _check_alone(problem, names, "under a mesh with explicit axes it is XLA that lays out the results")
+    if lowering.explicit_axes():
+        last = dispatch.implementations(problem)[-1].name
+        if names is not None and last not in names:
+            raise NotImplementedError(
+                f"{names!r} cannot run this: under a mesh with explicit axes it is XLA that lays out the "
+                f"results. implementation={last!r} can."
+            )
         return xla.run(problem, x)
-    values, scale = quantize_p.bind(x, problem=problem, names=None if names is None else tuple(names))
+    how = How(None if names is None else tuple(names)).traced()
+    values, scale = quantize_p.bind(x, problem=problem, how=how)
     return values, scale
 
 
-def _check_alone(problem: QuantizeProblem, names: Sequence[str] | None, reason: str) -> None:
-    """Raises where XLA, which alone can run this, is not among the names that were given."""
-    last = dispatch.implementations(problem)[-1].name
-    if names is not None and last not in names:
-        raise NotImplementedError(f"{tuple(names)!r} cannot run this: {reason}. implementation={last!r} can.")
+dispatch.register(QuantizeProblem, lowering.kernel_or_xla("qwix_kernels.quantize.tpu", xla.run, xla.estimate))
 
 
-def _tpu(name: str):
-    """A function of tpu.py, which is loaded only when a TPU is asked about."""
-
-    def call(*args, **kwargs):
-        return getattr(importlib.import_module("qwix_kernels.quantize.tpu"), name)(*args, **kwargs)
-
-    return call
+def _abstract(x, *, problem: QuantizeProblem, how: How):
+    return [x.update(dtype=jnp.dtype(problem.dtype)), x.update(shape=problem.scale_shape)]
 
 
-dispatch.register(
-    QuantizeProblem,
-    (
-        dispatch.Implementation(
-            name="mosaic_tpu",
-            platforms=("tpu",),
-            check=_tpu("check"),
-            estimate=_tpu("estimate"),
-            run=_tpu("run"),
-            heuristic_config=_tpu("heuristic_config"),
-            config_type=lambda: importlib.import_module("qwix_kernels.quantize.tpu").Config,
-        ),
-        dispatch.Implementation(
-            name="xla",
-            platforms=(),
-            check=lambda problem, chip: None,
-            estimate=xla.estimate,
-            run=xla.run,
-        ),
-    ),
-)
-
-
-def _abstract(x, *, problem: QuantizeProblem, names):
-    del names
-    shape = problem.scale_shape
-    return [x.update(dtype=jnp.dtype(problem.dtype)), x.update(shape=shape)]
-
-
-def _batch_rule(args, axes, *, problem: QuantizeProblem, names):
+def _batch_rule(args, axes, *, problem: QuantizeProblem, how: How):
     """One more batch axis, folded into the one there is."""
     (x,), (axis,) = args, axes
     x = jnp.moveaxis(x, axis, 0)
-    flat = x.reshape(-1, *x.shape[2:])
-    outs = quantize(flat, problem.dtype, problem.bound, problem.scale_of, implementation=names)
+    more = dataclasses.replace(problem, batch=x.shape[0] * problem.batch)
+    outs = quantize_p.bind(x.reshape(-1, *x.shape[2:]), problem=more, how=how)
     return [out.reshape(*x.shape[:2], *out.shape[1:]) for out in outs], [0, 0]
 
 
-def _lower(ctx, x, *, problem: QuantizeProblem, names, platform: str | None):
-    axis_context = ctx.module_context.axis_context
-    devices = getattr(axis_context, "device_assignment", None)
-    mesh = getattr(axis_context, "abstract_mesh", None) or getattr(axis_context, "mesh", None)
-    device = devices[0] if devices else getattr(mesh, "abstract_device", None)
-    chip = chips.chip_for_lowering(platform or ctx.module_context.platforms[-1], device)
-    refusal = None
-    if getattr(axis_context, "num_devices", 1) > 1:
-        refusal = "the compiler cannot partition a kernel; call quantize inside jax.shard_map"
-    if not all(isinstance(n, int) for n in ctx.avals_in[0].shape):
-        _check_alone(problem, names, "a kernel needs sizes that are known when it is compiled")
-        impl, config = dispatch.implementations(problem)[-1], None
-    else:
-        impl, explanation = dispatch.choose(problem, chip, names, None, refusal)
-        config = explanation.config
-    run = functools.partial(impl.run, problem, config=config, chip=chip)
+def _lower(ctx, x, *, problem: QuantizeProblem, how: How, platform: str | None):
+    known = all(isinstance(n, int) for n in ctx.avals_in[0].shape)
+    described = problem if known else dataclasses.replace(problem, batch=1, rows=_NOMINAL, columns=_NOMINAL)
+    # Arrays that stay on the chip are XLA's: nothing to warn of.
+    decision = lowering.decide(ctx, platform, described, how, sizes_known=known, warns=lambda problem: False)
+    run = functools.partial(decision.impl.run, problem, config=decision.config, chip=decision.chip)
     return mlir.lower_fun(lambda x: list(run(x)), multiple_results=True)(ctx, x)
 
 
-quantize_p = Primitive("qwix_quantize")
-quantize_p.multiple_results = True
-quantize_p.def_abstract_eval(_abstract)
-quantize_p.def_impl(lambda x, **params: _jitted(**params)(x))
-batching.primitive_batchers[quantize_p] = _batch_rule
-mlir.register_lowering(quantize_p, functools.partial(_lower, platform=None))
-mlir.register_lowering(quantize_p, functools.partial(_lower, platform="tpu"), platform="tpu")
-
-
-@functools.lru_cache(maxsize=1024)
-def _jitted(problem: QuantizeProblem, names: tuple[str, ...] | None):
-    return jax.jit(functools.partial(quantize_p.bind, problem=problem, names=names))
+_NOMINAL = 256
+quantize_p = lowering.primitive("qwix_quantize", _abstract, _batch_rule, _lower)

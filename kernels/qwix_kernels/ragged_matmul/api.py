@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from qwix_kernels import dispatch
+from qwix_kernels.lowering import How
 from qwix_kernels.matmul.describe import as_tensor
-from qwix_kernels.matmul.primitive import How, vary_alike
+from qwix_kernels.matmul.primitive import vary_alike
 from qwix_kernels.problem import Extras, RowQuantize, Tensor
 from qwix_kernels.ragged_matmul import gradient, primitive
 from qwix_kernels.ragged_matmul.describe import gmm_problem_of, tgmm_problem_of

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qwix_kernels.lowering import How
 from qwix_kernels.matmul import elementwise
 from qwix_kernels.matmul.gradient import is_float, sum_to
-from qwix_kernels.matmul.primitive import How
 from qwix_kernels.problem import Epilogue, Extras, MatmulProblem, Operand, Tensor
 from qwix_kernels.ragged_matmul.groups import alive
 from qwix_kernels.ragged_matmul.problem import GmmProblem, Groups, TgmmProblem

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qwix_kernels import chips, dispatch, tuning
-from qwix_kernels.matmul.primitive import How, explicit_axes, with_own_batch
+from qwix_kernels import chips, dispatch, lowering
+from qwix_kernels.lowering import How, explicit_axes
+from qwix_kernels.matmul.primitive import with_own_batch
 from qwix_kernels.problem import Epilogue, Extras, Operand, Tensor
 from qwix_kernels.ragged_matmul import cost, xla
 from qwix_kernels.ragged_matmul.groups import matrix_of
@@ -31,37 +30,6 @@ GmmOperands = tuple[Tensor, Tensor, Extras, Groups]
 TgmmOperands = tuple[Tensor, Tensor, Groups]
 
 
-def _tpu(module: str, name: str) -> Callable[..., Any]:
-    """A function of a module that is loaded only when a TPU is asked about."""
-
-    def call(*args, **kwargs):
-        return getattr(importlib.import_module(f"qwix_kernels.ragged_matmul.{module}"), name)(*args, **kwargs)
-
-    return call
-
-
-def _implementations(
-    module: str, portable: Callable, estimate: Callable
-) -> tuple[dispatch.Implementation, ...]:
-    kernel = dispatch.Implementation(
-        name="mosaic_tpu",
-        platforms=("tpu",),
-        check=_tpu(module, "check"),
-        estimate=_tpu(module, "estimate"),
-        run=_tpu(module, "run"),
-        heuristic_config=_tpu(module, "heuristic_config"),
-        config_type=lambda: importlib.import_module(f"qwix_kernels.ragged_matmul.{module}").Config,
-    )
-    fallback = dispatch.Implementation(
-        name="xla",
-        platforms=(),
-        check=lambda problem, chip: None,
-        estimate=lambda problem, chip, config: estimate(problem, chip),
-        run=lambda problem, *operands, config, chip: portable(problem, *operands),
-    )
-    return kernel, fallback
-
-
 def _gmm_estimate(p: GmmProblem, chip: chips.Chip) -> dispatch.Estimate:
     return cost.gmm_xla_estimate(p, chip, xla.rows_at_once(p.product.m, p.matrices))
 
@@ -70,8 +38,17 @@ def _tgmm_estimate(p: TgmmProblem, chip: chips.Chip) -> dispatch.Estimate:
     return cost.tgmm_xla_estimate(p, chip, xla.rows_at_once(p.m, p.matrices))
 
 
-dispatch.register(GmmProblem, _implementations("tpu", xla.gmm, _gmm_estimate))
-dispatch.register(TgmmProblem, _implementations("tpu_tgmm", xla.tgmm, _tgmm_estimate))
+def _run_gmm(problem: GmmProblem, *operands: Any, config: Any, chip: chips.Chip) -> jax.Array:
+    return xla.gmm(problem, *operands)
+
+
+def _run_tgmm(problem: TgmmProblem, *operands: Any, config: Any, chip: chips.Chip) -> jax.Array:
+    return xla.tgmm(problem, *operands)
+
+
+_HERE = "qwix_kernels.ragged_matmul"
+dispatch.register(GmmProblem, lowering.kernel_or_xla(f"{_HERE}.tpu", _run_gmm, _gmm_estimate))
+dispatch.register(TgmmProblem, lowering.kernel_or_xla(f"{_HERE}.tpu_tgmm", _run_tgmm, _tgmm_estimate))
 
 
 def bind_gmm(
@@ -83,14 +60,14 @@ def bind_gmm(
         return _of_nothing(problem, extras, groups)
     rhs, gate = with_own_batch(rhs), extras.gate and with_own_batch(extras.gate)
     operands = lhs, rhs, dataclasses.replace(extras, gate=gate), groups
-    return gmm_p.bind(*jax.tree.leaves(operands), problem=problem, how=_ambient(how))
+    return gmm_p.bind(*jax.tree.leaves(operands), problem=problem, how=how.traced())
 
 
 def bind_tgmm(problem: TgmmProblem, how: How, lhs: Tensor, g: Tensor, groups: Groups) -> jax.Array:
     """[matrices, K, N] of lhs [1, M, K] and g [1, M, N] that `problem` describes."""
     if 0 in (problem.m, problem.n, problem.k):
         return jnp.zeros((problem.matrices, problem.k, problem.n), problem.out_dtype)
-    return tgmm_p.bind(*jax.tree.leaves((lhs, g, groups)), problem=problem, how=_ambient(how))
+    return tgmm_p.bind(*jax.tree.leaves((lhs, g, groups)), problem=problem, how=how.traced())
 
 
 def _of_nothing(problem: GmmProblem, extras: Extras, groups: Groups) -> jax.Array:
@@ -105,10 +82,6 @@ def _of_nothing(problem: GmmProblem, extras: Extras, groups: Groups) -> jax.Arra
     plain = dataclasses.replace(p, k=1, lhs=lhs, rhs=rhs, rhs_transposed=False, quantize_lhs=None, norm=None)
     after = Extras(bias=extras.bias, gate=gate, gate_bias=extras.gate_bias, residual=extras.residual)
     return xla.gmm(dataclasses.replace(problem, product=plain), Tensor(one[0]), Tensor(one[1]), after, groups)
-
-
-def _ambient(how: How) -> How:
-    return dataclasses.replace(how, ambient_config=how.ambient_config or tuning.ambient())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -295,55 +268,20 @@ def _tgmm_batch_rule(args, axes, *, problem: TgmmProblem, how: How):
 
 
 def _lower(ctx, *args, problem: Problem, how: How, platform: str | None):
-    axis_context = ctx.module_context.axis_context
-    devices = getattr(axis_context, "device_assignment", None)
-    mesh = getattr(axis_context, "abstract_mesh", None) or getattr(axis_context, "mesh", None)
-    device = devices[0] if devices else getattr(mesh, "abstract_device", None)
-    names = (platform,) if platform else tuple(ctx.platforms or ctx.module_context.platforms)
-    chip = [chips.chip_for_lowering(name, device) for name in names][-1]
-    impl, config = _decide(problem, how, chip, getattr(axis_context, "num_devices", 1))
+    decision = lowering.decide(ctx, platform, problem, how)
     (sharding,) = (aval.sharding for aval in ctx.avals_out)
 
     def fun(*arrays):
         def run_here(*operands):
-            return impl.run(problem, *operands, config=config, chip=chip)
+            return decision.impl.run(problem, *operands, config=decision.config, chip=decision.chip)
 
         run: Any = run_here
-        if impl.name == "xla" and explicit_axes():
+        if decision.impl.name == "xla" and explicit_axes():
             run = jax.sharding.auto_axes(run, out_sharding=sharding)
         return run(*_unflatten(problem, arrays))
 
     return mlir.lower_fun(fun, multiple_results=False)(ctx, *args)
 
 
-def _decide(problem: Problem, how: How, chip: chips.Chip, devices: int):
-    """(implementation, config) for a program that the compiler partitions over `devices`."""
-    refusal = None
-    if devices > 1:
-        refusal = (
-            f"the compiler cannot partition a kernel over {devices} devices; call it inside jax.shard_map"
-        )
-    with tuning.use(how.ambient_config):
-        impl, explanation = dispatch.choose(problem, chip, how.implementation, how.config, refusal)
-    if how.implementation is None:
-        dispatch.warn_of_fallback(explanation, chip)
-    return impl, explanation.config
-
-
-def _primitive(name: str, batch_rule: Callable) -> Primitive:
-    made = Primitive(name)
-    made.def_abstract_eval(_abstract)
-
-    @functools.lru_cache(maxsize=4096)
-    def jitted(problem: Problem, how: How):
-        return jax.jit(functools.partial(made.bind, problem=problem, how=how))
-
-    made.def_impl(lambda *args, **params: jitted(**params)(*args))
-    batching.primitive_batchers[made] = batch_rule
-    mlir.register_lowering(made, functools.partial(_lower, platform=None))
-    mlir.register_lowering(made, functools.partial(_lower, platform="tpu"), platform="tpu")
-    return made
-
-
-gmm_p = _primitive("qwix_gmm", _gmm_batch_rule)
-tgmm_p = _primitive("qwix_tgmm", _tgmm_batch_rule)
+gmm_p = lowering.primitive("qwix_gmm", _abstract, _gmm_batch_rule, _lower, multiple_results=False)
+tgmm_p = lowering.primitive("qwix_tgmm", _abstract, _tgmm_batch_rule, _lower, multiple_results=False)
