@@ -32,7 +32,7 @@ def measure(
         for name in schemes:
             wanted = scheme(name)
             programs = {
-                f"qdot_{kind}": (fn, _data(arguments)) for kind, fn, arguments in _programs(wanted, m, k, n)
+                f"qdot_{kind}": (fn, data(arguments)) for kind, fn, arguments in _programs(wanted, m, k, n)
             }
             times = time_on_device(programs, rounds)
             plan = dispatch.explain(problems.problem(wanted, m, k, n), chip)
@@ -79,7 +79,7 @@ def _programs(wanted: Any, m: int, k: int, n: int) -> Iterator[tuple[str, Any, t
     yield "same", problems.xla_same_op(wanted), tuple(problems.shapes_of(wanted, m, k, n))
 
 
-def _data(shapes: Any) -> Any:
+def data(shapes: Any) -> Any:
     """Arrays of these shapes: integers over their whole range, floats normal; all finite."""
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
