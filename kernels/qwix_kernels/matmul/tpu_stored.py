@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from qwix_kernels.chips import Chip
 from qwix_kernels.dispatch import Estimate
 from qwix_kernels.matmul import tpu, tpu_split
+from qwix_kernels.matmul.tpu_config import Config as Config
 from qwix_kernels.problem import NO_EXTRAS, Extras, MatmulProblem, Tensor
 
 
