@@ -6,6 +6,7 @@
     python -m bench.price --suite matmul --check
     python -m bench.price --suite train --check
     python -m bench.price --suite conv --check
+    python -m bench.price --suite ragged --check
 
 How to read the result, and what it leaves out: docs/pricing.md.
 """
@@ -22,10 +23,12 @@ from typing import Any
 import tqdm
 from absl import app, flags
 
-from bench import conv_price, misses, pool, shapes, suites, targets, tpu_compile, train
+from bench import conv_price, misses, pool, ragged_price, shapes, suites, targets, tpu_compile, train
 from bench.cache import default_folder
 from bench.cells import Cell, cells_of
 
+# Suites of other ops than matmul, with cells and targets of their own.
+_OF_ROWS = {"conv": conv_price, "ragged": ragged_price}
 _CHIP = flags.DEFINE_list("chip", None, f"Chips: {', '.join(tpu_compile.TOPOLOGY)}. All of them for a suite.")
 _SCHEME = flags.DEFINE_list("scheme", None, "Schemes, for example w8a8,w4a16_g128,wf8af8,wnf4a16_g64.")
 _M = flags.DEFINE_list("m", None, "Rows of the activations.")
@@ -33,7 +36,7 @@ _K = flags.DEFINE_list("k", None, "Length of the sums (4096).")
 _N = flags.DEFINE_list("n", None, "Columns of the weight (4096).")
 _BATCH = flags.DEFINE_integer("batch", 1, "Matmuls at a time, each with a weight of its own.", lower_bound=1)
 _SUITE = flags.DEFINE_enum(
-    "suite", None, (*suites.SUITES, "train", "conv"), "A fixed set of cells instead; --scheme selects."
+    "suite", None, (*suites.SUITES, "train", *_OF_ROWS), "A fixed set of cells instead; --scheme selects."
 )
 _MODEL = flags.DEFINE_enum(
     "model", None, list(shapes.MODELS), "The layers of a model, instead of --k and --n."
@@ -46,7 +49,7 @@ _CHECK = flags.DEFINE_boolean(
 _WRITE_MISSES = flags.DEFINE_boolean(
     "write_misses",
     False,
-    f"Rewrite {misses.FILE.name} (of the conv suite its own list) for the chips of this run.",
+    f"Rewrite {misses.FILE.name} (of the conv and ragged suites their own lists) for the chips of this run.",
 )
 _PLAN = flags.DEFINE_boolean("plan", False, "Say what would be priced and how long it takes; price nothing.")
 _IMPLEMENTATION = flags.DEFINE_string("implementation", None, "Price this one, not the one dispatch prefers.")
@@ -144,8 +147,8 @@ def _complete() -> tuple[str, ...]:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
-    if _SUITE.value == "conv":
-        _conv()
+    if _SUITE.value in _OF_ROWS:
+        _rows(_SUITE.value, _OF_ROWS[_SUITE.value])
         return
     if _WRITE_MISSES.value and not _complete():
         raise app.UsageError("--write_misses needs --suite matmul with all of its schemes and baselines.")
@@ -195,30 +198,30 @@ def _train() -> None:
         sys.exit(1)
 
 
-def _conv() -> None:
-    """Prices convolutions instead of matmuls, and holds them to their targets."""
-    chips = _CHIP.value or conv_price.CHIPS
+def _rows(name: str, suite: Any) -> None:
+    """Prices the cells of another op than matmul, and holds them to their targets."""
+    chips = _CHIP.value or suite.CHIPS
     try:
-        _refuse("conv", (*_FIXED, "baselines"))
-        cells = conv_price.cells(chips, _SCHEME.value or ())
+        _refuse(name, (*_FIXED, "baselines"))
+        cells = suite.cells(chips, _SCHEME.value or ())
     except ValueError as error:
         raise app.UsageError(str(error)) from None
     if _PLAN.value:
-        print(conv_price.plan(cells))
+        print(suite.plan(cells))
         return
-    rows = list(conv_price.price(cells, _CACHE.value or None))
+    rows = list(suite.price(cells, _CACHE.value or None))
     complete = () if _SCHEME.value else chips
     if _WRITE_MISSES.value:
-        conv_price.write_misses(rows, complete)
-    text = conv_price.dumps(rows)
+        suite.write_misses(rows, complete)
+    text = suite.dumps(rows)
     if _OUT.value:
         with open(_OUT.value, "w") as file:
             file.write(text + "\n")
     if _JSON.value:
         print(text)
     else:
-        conv_price.show(rows)
-    fails, known = conv_price.checked(rows, complete) if _CHECK.value else ([], [])
+        suite.show(rows)
+    fails, known = suite.checked(rows, complete) if _CHECK.value else ([], [])
     for title, lines in (("Known misses", known), ("FAILED", fails)):
         if _CHECK.value:
             print(f"{title}: {len(lines)}", *lines, sep="\n  ", file=sys.stderr)

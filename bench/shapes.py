@@ -152,6 +152,64 @@ MODELS: Mapping[str, tuple[Layer, ...]] = {
     "smollm2_135m": _transformer(576, 576, 192, 1536),
 }
 
+
+@dataclasses.dataclass(frozen=True)
+class RaggedLayer:
+    """Rows in groups, [rows, k], with a matrix [k, n] for each of `experts` groups.
+
+    `sizes`: how the rows are dealt out. "balanced": evenly; "empty": evenly to half of the groups; "half":
+    half of the rows, to half of the groups; "uneven": from an eighth to nearly twice of the mean.
+    """
+
+    name: str
+    experts: int
+    rows: int
+    k: int
+    n: int
+    sizes: str = "balanced"
+
+    def group_sizes(self) -> list[int]:
+        """The size of each group.
+
+        >>> RaggedLayer("x", 4, 512, 1, 1, "half").group_sizes()
+        [128, 0, 128, 0]
+        >>> sum(RaggedLayer("x", 8, 512, 1, 1, "uneven").group_sizes())
+        512
+        """
+        each = self.rows // self.experts
+        if self.sizes == "balanced":
+            return [each] * self.experts
+        if self.sizes in ("empty", "half"):
+            return [0 if i % 2 else each * (2 if self.sizes == "empty" else 1) for i in range(self.experts)]
+        # Pairs that add up to twice the mean.
+        less = [each * (i % 7 + 1) // 8 for i in range(self.experts // 2)]
+        return [*less, *(2 * each - size for size in less)]
+
+    def __str__(self) -> str:
+        sizes = "" if self.sizes == "balanced" else f" {self.sizes}"
+        return f"{self.name}{sizes} {self.experts} experts, {self.rows} x {self.k} x {self.n}"
+
+
+# Rows of a prefill of 1024 tokens and of decoding 16, each with the top two (Mixtral) or six (DeepSeek).
+RAGGED: Mapping[str, tuple[RaggedLayer, ...]] = {
+    "canonical": (
+        RaggedLayer("canonical", 8, 4096, 2048, 1408),
+        RaggedLayer("canonical", 8, 4096, 2048, 1408, "empty"),
+        RaggedLayer("canonical", 8, 4096, 2048, 1408, "half"),
+        RaggedLayer("canonical", 8, 4096, 2048, 1408, "uneven"),
+    ),
+    "mixtral_8x7b": (
+        RaggedLayer("gate_up", 8, 2048, 4096, 14336),
+        RaggedLayer("down", 8, 2048, 14336, 4096),
+        RaggedLayer("gate_up decode", 8, 32, 4096, 14336),
+    ),
+    "deepseek_v2_lite_moe": (
+        RaggedLayer("gate_up", 64, 6144, 2048, 1408),
+        RaggedLayer("down", 64, 6144, 1408, 2048),
+        RaggedLayer("gate_up decode", 64, 96, 2048, 1408),
+    ),
+}
+
 # Rows: decoding 16 and 64 sequences, and a prefill.
 DECODE_M, BATCH_M, PREFILL_M = 16, 64, 1024
 

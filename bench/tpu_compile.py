@@ -215,8 +215,8 @@ def price(
     key = _key(spec, lowered.as_text())
     if known is not None:
         key += f" {hashlib.sha256(repr(sorted(known.items())).encode()).hexdigest()}"
-    if cache and (known := cache.get(key)):
-        return ProgramCost(chip, tuple(OpCost(**op) for op in known))
+    if cache and (before := cache.get(key)):
+        return ProgramCost(chip, tuple(OpCost(**op) for op in before))
     if dump is not None:
         clear(dump)
     text = lowered.compile().as_text()
