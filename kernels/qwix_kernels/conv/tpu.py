@@ -34,7 +34,7 @@ _OUT = ("bfloat16", "float32", "int32")
 _LEAST_FEATURES = 32
 _MOST_COLUMNS, _CHUNKS_TRIED = 1024, 8
 _MOST_PLACES = 2048  # in one chunk
-_MOST_PUSHES = 640  # see `Plan.pushes`
+_MOST_PUSHES = 520  # see `Plan.pushes`
 
 
 def check(problem: ConvProblem, chip: Chip) -> None:
@@ -222,11 +222,14 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     names = [tpu_kernel.flat_name(phase) for phase in plan.phases]
     names += [f"copy{i}" for i in range(len(plan.copies))]
     out: dict[str, Any] = {
-        name: pltpu.VMEM((plan.lane_groups, plan.length // plan.per_word, min(p.features, LANES)), jnp.int32)
+        name: pltpu.VMEM(
+            (plan.lane_groups, plan.length // plan.per_word, LANES if plan.pads else min(p.features, LANES)),
+            jnp.int32,
+        )
         for name in names
     }
     if plan.widens_rhs:
-        out["rhs_ready"] = pltpu.VMEM((p.k, plan.block_n), jnp.dtype(plan.rhs_dot))
+        out["rhs_ready"] = pltpu.VMEM((p.taps * plan.tap_rows, plan.block_n), jnp.dtype(plan.rhs_dot))
     if plan.finds_scale:
         out["found"] = pltpu.VMEM((plan.images, 1, LANES), jnp.float32)
     if plan.images > 1 and (plan.finds_scale or p.lhs.is_quantized or plan.quantizes):

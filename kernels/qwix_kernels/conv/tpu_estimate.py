@@ -40,7 +40,7 @@ def compute_cycles(plan: Plan, chip: Chip) -> float:
     blocks, columns = plan.grid
     lanes = pl_cdiv(p.features, LANES) * LANES
     # The dots of a step.
-    deep = pl_cdiv(p.k, chip.mxu) * chip.mxu
+    deep = pl_cdiv(p.taps * plan.tap_rows, chip.mxu) * chip.mxu
     wide = pl_cdiv(plan.block_n, chip.mxu) * chip.mxu
     places = plan.chunks * plan.chunk
     rate = {"int8": chip.int8}.get(plan.lhs_dot, chip.bf16)

@@ -28,6 +28,7 @@ from qwix_kernels.matmul.tpu_config import LANES
 from qwix_kernels.problem import dtype_bits
 
 Refs = dict[str, Any]
+_WEIGHT_ROWS = 256  # widened at a time
 
 
 def kernel(plan: Plan, emulate: bool, names: tuple[str, ...], *refs: Any) -> None:
@@ -73,6 +74,9 @@ def _zero_borders(plan: Plan, r: Refs) -> None:
     start = plan.lead + plan.staged_rows * plan.pitch
     gaps.append((start, plan.length - start))
     for buffer in buffers:
+        if plan.pads:  # lanes that no feature fills meet rows of zeros
+            rest = plan.lanes[-1].stop - plan.lanes[-1].start
+            buffer[plan.lane_groups - 1, :, rest:] = jnp.zeros((buffer.shape[1], LANES - rest), jnp.int32)
         for at, size in gaps:
             words = slice(at // plan.per_word, (at + size) // plan.per_word)
             for group in range(plan.lane_groups):
@@ -237,12 +241,18 @@ def mask_array(plan: Plan) -> np.ndarray | None:
 
 
 def _widen_rhs(plan: Plan, r: Refs) -> None:
-    """The weights in the matrix unit's dtype, some rows at a time."""
-    rows = plan.problem.k
-    step = 256 if rows % 256 == 0 else rows
-    for lo in range(0, rows, step):
-        w = r["rhs"][lo : lo + step, :]
-        r["rhs_ready"][lo : lo + step, :] = values.narrow(values.widen(w, None), plan.rhs_dot)
+    """The weights in the matrix unit's dtype, each tap's in whole registers of rows."""
+    size, stride, ready = plan.problem.features, plan.tap_rows, r["rhs_ready"]
+    for tap in range(plan.problem.taps):
+        for lo in range(0, size, _WEIGHT_ROWS):
+            rows = min(_WEIGHT_ROWS, size - lo)
+            w = r["rhs"][tap * size + lo : tap * size + lo + rows, :]
+            if w.dtype != ready.dtype:
+                w = values.narrow(values.widen(w, None), plan.rhs_dot)
+            ready[tap * stride + lo : tap * stride + lo + rows, :] = w
+        if stride > size:
+            nothing = jnp.zeros((stride - size, ready.shape[1]), ready.dtype)
+            ready[tap * stride + size : (tap + 1) * stride, :] = nothing
 
 
 def _chunk(plan: Plan, emulate: bool, r: Refs, i: jax.Array) -> None:
@@ -260,9 +270,9 @@ def _chunk(plan: Plan, emulate: bool, r: Refs, i: jax.Array) -> None:
             for group, lanes in enumerate(plan.lanes):
                 words = r[name_of(plan, copy)][group, pl.ds(start + at // per, plan.chunk // per), :]
                 part = pltpu.bitcast(words, jnp.dtype(plan.lhs_dot))
-                parts.append(part[:, : lanes.stop - lanes.start])
+                parts.append(part if plan.pads else part[:, : lanes.stop - lanes.start])
         lhs = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-        rhs = weights[first * p.features : (taps[-1] + 1) * p.features, :]
+        rhs = weights[first * plan.tap_rows : (taps[-1] + 1) * plan.tap_rows, :]
         part = _dot(plan, emulate, lhs, rhs)
         if plan.problem.out_dtype == "int32":
             part = part.astype(jnp.int32)

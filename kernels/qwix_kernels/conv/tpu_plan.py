@@ -223,7 +223,7 @@ class Plan:
     @property
     def pushes(self) -> int:
         """Matrix instructions of a chunk, each of a native tile of rows: what there is to compile."""
-        wide = pl_cdiv(self.problem.k, self.mxu) * pl_cdiv(self.block_n, self.mxu)
+        wide = pl_cdiv(self.problem.taps * self.tap_rows, self.mxu) * pl_cdiv(self.block_n, self.mxu)
         return self.chunk // self.unit * wide
 
     @property
@@ -245,9 +245,19 @@ class Plan:
         return max(0, min(p.taps, products // p.features))
 
     @property
+    def pads(self) -> bool:
+        """Whether each tap takes whole registers of lanes, where moving its features together costs more."""
+        return self.problem.features % LANES != 0 and LANES % self.problem.features != 0
+
+    @property
+    def tap_rows(self) -> int:
+        """Rows of the weights for each tap."""
+        return self.lane_groups * LANES if self.pads else self.problem.features
+
+    @property
     def widens_rhs(self) -> bool:
-        """Whether the kernel is rewritten into VMEM, in the matrix unit's dtype."""
-        return self.problem.rhs.dtype != self.rhs_dot
+        """Whether the weights are rewritten into VMEM, in the matrix unit's dtype."""
+        return self.problem.rhs.dtype != self.rhs_dot or self.pads
 
 
 def _reads(window: Window, tap: int) -> tuple[int, int]:
@@ -305,7 +315,8 @@ def vmem_bytes(plan: Plan) -> int:
     flat = (len(plan.phases) + len(plan.copies)) * plan.length * lanes * dtype_bits(plan.lhs_dot) // 8
     weights = p.k * columns * p.rhs.bits // 8
     out = plan.images * plan.out_rows * pl_cdiv(plan.pitch, 16) * 16 * columns * dtype_bits(p.out_dtype) // 8
-    scratch = p.k * columns * dtype_bits(plan.rhs_dot) // 8 if plan.widens_rhs else 0
+    ready = p.taps * plan.tap_rows * columns * dtype_bits(plan.rhs_dot) // 8
+    scratch = ready if plan.widens_rhs else 0
     scratch += plan.body * LANES * 4 if plan.images > 1 else 0
     scratch += plan.chunk * (3 * columns * 4 + p.taps * lanes * dtype_bits(plan.lhs_dot) // 8)
     return 2 * (of_lhs + weights + out) + flat + scratch
