@@ -1,4 +1,4 @@
-"""Quantizes MobileNetV2 in four ways and prints what happened.
+"""Quantizes MobileNetV2 in five ways and prints what happened.
 
 python -m examples.mobilenet                       # everything
 python -m examples.mobilenet --schemes=w8a8,w4a16  # some
@@ -24,7 +24,7 @@ import qwix
 from examples.mobilenet import correct, evaluate, images, load, schemes
 from examples.mobilenet.model import MobileNetV2
 
-CHIPS = ("v5e", "v6e", "v7x")
+CHIPS = ("v6e",)
 
 _JSON = flags.DEFINE_string("json", None, "File for the numbers: scheme -> agreement, sqnr_db, ...")
 _CHECK = flags.DEFINE_bool(

@@ -11,6 +11,8 @@ byte more:
               Data-Free Quantization (https://arxiv.org/abs/1906.04721), here with the mean of real inputs
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ from flax import nnx
 import qwix
 from examples.mobilenet.model import MobileNetV2
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]
 Layer = nnx.Conv | nnx.Linear
 
 
@@ -46,9 +48,11 @@ def mean_inputs(model: MobileNetV2, images: np.ndarray) -> dict[Path, np.ndarray
     """Of each layer of the float model, the mean of each channel that comes in, over images and pixels."""
     watched = nnx.clone(model)
     for layer in layers(watched).values():
-        layer.__class__ = _WatchedConv if isinstance(layer, nnx.Conv) else _WatchedLinear
+        watch = _WatchedConv if isinstance(layer, nnx.Conv) else _WatchedLinear
+        object.__setattr__(layer, "__class__", watch)
     nnx.jit(lambda model, images: model(images))(watched, jnp.asarray(images))
-    return {path: np.asarray(layer.mean[...], np.float64) for path, layer in layers(watched).items()}
+    mean = lambda layer: np.asarray(layer.mean[...], np.float64)
+    return {path: mean(layer) for path, layer in layers(watched).items()}
 
 
 def with_sums(values: np.ndarray, exact: np.ndarray, lowest: int, largest: int) -> np.ndarray:
@@ -113,4 +117,5 @@ def correct(candidate: MobileNetV2, model: MobileNetV2, images: np.ndarray) -> N
         new = rounded(layer.kernel.unboxed, kernel)
         stored.qvalue[...] = jnp.asarray(new).astype(stored.qvalue.dtype)
         error = kernel.astype(np.float64) - np.asarray(qwix.dequantize(layer.kernel.unboxed), np.float64)
-        layer.bias[...] = layer.bias[...] + jnp.asarray(shift(error, means[path]), jnp.float32)
+        if layer.bias is not None:
+            layer.bias[...] = layer.bias[...] + jnp.asarray(shift(error, means[path]), jnp.float32)

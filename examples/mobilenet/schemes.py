@@ -35,7 +35,8 @@ class Scheme:
 
 
 INT8, INT4 = {"weight_qtype": "int8"}, {"weight_qtype": "int4"}
-# A zero point doubles the resolution of what comes out of a ReLU.
+# A zero point doubles the resolution of what comes out of a ReLU; kernels of TPUs don't know it, and leave
+# such convolutions to XLA.
 ACT = {"act_qtype": "int8", "act_calibration_method": "minmax"}
 # 3 % of the weights, and the layers that feel rounding most: they have nine products to a sum, or 27.
 SMALL = {"module_path": r"stem|blocks/\d+/depthwise"}
@@ -49,6 +50,13 @@ SCHEMES = {
         rules=(INT8 | ACT,),
         sqnr_db=20.0,
         agreement=0.85,
+        ratio=0.26,
+    ),
+    "w8a8_symmetric": Scheme(
+        title="int8 weights by channel, int8 activations without zero points, by image, on the fly",
+        rules=(INT8 | {"act_qtype": "int8"},),
+        sqnr_db=14.0,
+        agreement=0.8,
         ratio=0.26,
     ),
     "w8a8_static": Scheme(

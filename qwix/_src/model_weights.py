@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qwix._src import op_plan, op_trace, qconfig, weight_view
-from qwix._src.core import conv_general, dot_general, qarray
+from qwix._src.core import conv_general, dot_general, qarray, ragged_dot
 from qwix._src.dot_sides import swapped
 from qwix._src.op_plan import OpPlan
 from qwix._src.report_records import OpRecord, device_bytes
@@ -194,16 +194,16 @@ def note_opaque(provider: qconfig.QuantizationProvider, name: str, args: Sequenc
 
 
 def _problem(plan: OpPlan, args: Sequence[Any], params: dict[str, Any], *, fuses: bool) -> Any:
-    """The matmul or convolution that a kernel will be given; None for what is neither, or stays float.
+    """What a kernel will be given; None for what is no kernel's, or stays float.
 
     `fuses`: the kernel quantizes the activation, if its scale is dynamic.
     """
-    if plan.reason is not None or plan.op not in ("dot_general", "einsum", "conv_general_dilated"):
+    if plan.reason is not None or plan.op == "take":
         return None
     sides: list[Any] = [jax.ShapeDtypeStruct(tuple(a.shape), a.dtype) for a in args[:2]]
     dynamic: dict[int, qarray.HowToQuantize] = {}
     for side, how in enumerate(plan.act_hows):
-        if how is not None and plan.weight_side is not None and not plan.is_static and fuses:
+        if how is not None and fuses and op_plan.on_the_way(plan, params):
             dynamic[side] = how
         elif how is not None:
             sides[side] = op_plan.quantized_shape(sides[side].shape, sides[side].dtype, how)
@@ -214,9 +214,26 @@ def _problem(plan: OpPlan, args: Sequence[Any], params: dict[str, Any], *, fuses
     if plan.op == "conv_general_dilated":
         options = {name: value for name, value in params.items() if name != "out_sharding"}
         return conv_general.conv_problem(*sides, **options, act_how=act_how)
+    if plan.op == "ragged_dot":
+        return _ragged_problem(sides, args, params, act_how)
     dnums = params["dimension_numbers"]
     if plan.weight_side == 0:
         sides, dnums = sides[::-1], swapped(dnums)
     return dot_general.matmul_problem(
         sides[0], sides[1], dnums, act_how=act_how, preferred_element_type=params["preferred_element_type"]
+    )
+
+
+def _ragged_problem(sides: Sequence[Any], args: Sequence[Any], params: dict[str, Any], act_how: Any) -> Any:
+    numbers = params["ragged_dot_dimension_numbers"]
+    counted = params["group_offset"] is not None or not numbers.rhs_group_dimensions
+    lhs, rhs = sides
+    return ragged_dot.ragged_problem(
+        lhs,
+        rhs,
+        numbers,
+        groups=args[2].shape[-1] if counted else None,
+        act_how=act_how,
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
     )

@@ -45,6 +45,18 @@ class OpPlan:
         return dataclasses.replace(self, weight_how=None, act_hows=(None, None), reason=reason)
 
 
+def on_the_way(plan: OpPlan, params: Mapping[str, Any]) -> bool:
+    """Whether the op quantizes its activation itself: where a weight is on the other side, and scales are
+    dynamic. Of a ragged dot those of rows, which others don't share.
+    """
+    if plan.weight_side is None or plan.is_static:
+        return False
+    if plan.op != "ragged_dot":
+        return True
+    (ragged,), how = params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions, plan.act_hows[0]
+    return how is not None and ragged in how.channelwise_axes
+
+
 def placed(plan: OpPlan, provider: qconfig.QuantizationProvider, *, in_layer: bool, mapped: bool) -> OpPlan:
     """The plan, given where the op is: there may be no place for its static scales, which warns once.
 

@@ -15,8 +15,11 @@ import jax
 import jax.numpy as jnp
 from qwix_kernels.conv import ConvProblem
 from qwix_kernels.problem import MatmulProblem
+from qwix_kernels.ragged_matmul import GmmProblem, TgmmProblem
 
 from qwix._src.core import numerics
+
+Problem = MatmulProblem | ConvProblem | GmmProblem | TgmmProblem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class OpRecord:
     rule: Any = None  # the QuantizationRule that matched
     how: Any = None  # the HowToQuantize of the weight
     act_qtype: Any = None  # of the activation, None when it stays float
-    problem: MatmulProblem | ConvProblem | None = None  # None: no kernel's (a lookup, a float op)
+    problem: Problem | None = None  # None: no kernel's (a lookup, a float op)
     reason: str | None = None
     trains: bool = False  # quantized for training: the weight itself is stored as float
     bwd_qtype: Any = None  # of incoming gradients, None when they stay float

@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from qwix_kernels import dispatch
-from qwix_kernels.conv import ConvProblem
-from qwix_kernels.problem import MatmulProblem
 
-from qwix._src.report_records import OpRecord
+from qwix._src.report_records import OpRecord, Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,13 +120,13 @@ def _name(qtype: Any) -> str:
     return qtype if isinstance(qtype, str) else getattr(qtype, "__name__", str(qtype))
 
 
-def _kernels(problem: MatmulProblem | ConvProblem | None, *, chips: tuple[str, ...]) -> tuple[Kernel, ...]:
+def _kernels(problem: Problem | None, *, chips: tuple[str, ...]) -> tuple[Kernel, ...]:
     if problem is None:
         return tuple(Kernel(chip, "xla", None) for chip in ("here", *chips))
     return tuple(_kernel(problem, chip) for chip in ("here", *chips))
 
 
-def _kernel(problem: MatmulProblem | ConvProblem, chip: str) -> Kernel:
+def _kernel(problem: Problem, chip: str) -> Kernel:
     found = dispatch.explain(problem, None if chip == "here" else chip)
     static_us = found.estimate.static_us if found.estimate is not None else None
     return Kernel(chip, found.chosen, static_us, tuple(tuple(pair) for pair in found.rejected))

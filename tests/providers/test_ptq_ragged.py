@@ -153,8 +153,9 @@ def test_the_short_spelling_and_its_options():
 
     x = x.astype(jnp.bfloat16)
     model = qwix.quantize_model(Model(), rule, x)
-    lhs = qwix.quantize(x, "int8", channelwise_axes=(0,))
-    expected = qwix.ragged_dot(lhs, model.w.unboxed, SIZES, preferred_element_type=jnp.float32)
+    how = qwix.HowToQuantize(qtype="int8", channelwise_axes=(0,))
+    options = {"preferred_element_type": jnp.float32, "act_how": how}
+    expected = qwix.ragged_dot(x, model.w.unboxed, SIZES, **options)
     assert model(x).dtype == jnp.float32 and (model(x) == expected).all()
 
 

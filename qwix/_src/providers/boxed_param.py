@@ -164,8 +164,6 @@ class Executor:
         args: Sequence[Any],
         params: dict[str, Any],
         layer: Sequence[Any],
-        *,
-        fuse: bool,
     ) -> tuple[list[Any], qarray.HowToQuantize | None]:
         """Both sides as the op gets them, and how the kernel must quantize the activation, if it's left to
         it.
@@ -179,7 +177,7 @@ class Executor:
             if plan.rule is not None and plan.is_static:
                 where = plan.path, f"{plan.op_id}_{_SIDES[side]}"
                 operands[side] = self._static(operands[side], how, plan.rule, where, layer, live)
-            elif fuse and plan.weight_side == 1 - side:
+            elif op_plan.on_the_way(plan, params):
                 act_how = how
             else:
                 x = ragged_rows.without_dead(operands[side], live)
@@ -192,7 +190,7 @@ class Executor:
         """A dot in the parent trace. A weight goes to the right side, which is the one that kernels want it
         on.
         """
-        operands, act_how = self._operands(plan, args, params, layer, fuse=True)
+        operands, act_how = self._operands(plan, args, params, layer)
         dnums, sharding, back = params["dimension_numbers"], params.get("out_sharding"), None
         if plan.weight_side == 0 and sharding is None:
             back = swap_back(dnums, args)
@@ -216,7 +214,7 @@ class Executor:
         self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any], layer: Sequence[Any]
     ) -> jax.Array:
         """A convolution in the parent trace."""
-        operands, act_how = self._operands(plan, args, params, layer, fuse=True)
+        operands, act_how = self._operands(plan, args, params, layer)
         options = params | {"preferred_element_type": result_dtype(args, params)}
         if act_how is not None:
             options["act_how"] = act_how
@@ -229,12 +227,13 @@ class Executor:
         self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any], layer: Sequence[Any]
     ) -> jax.Array:
         """A ragged dot in the parent trace."""
-        operands, _ = self._operands(plan, args, params, layer, fuse=False)
+        operands, act_how = self._operands(plan, args, params, layer)
         groups = {"group_sizes": args[2], "group_offset": params["group_offset"]}
         options = {
             "dimension_numbers": params["ragged_dot_dimension_numbers"],
             "precision": params["precision"],
             "preferred_element_type": result_dtype(args, params),
+            "act_how": act_how,
         }
         arrays = dict(zip(_SIDES, operands, strict=True)) | groups
         return _once(ragged_dot.ragged_dot_general, arrays, options)
