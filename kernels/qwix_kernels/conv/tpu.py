@@ -210,7 +210,9 @@ def _operands(
     across = pl.BlockSpec((1, columns), lambda b, j: (0, j))
     of_image = pl.BlockSpec((images, 1, LANES), lambda b, j: (b, 0, 0))
     small = tpu_epilogue.operands(p, lhs, rhs, extras)
-    out += [(name, v, of_image if name == "lhs_scale" else across) for name, v in small.items()]
+    one = pl.BlockSpec((1, 1), lambda b, j: (0, 0))
+    blocks = {"lhs_scale": of_image, "one_scale": one, "out_scale": one}
+    out += [(name, v, blocks.get(name, across)) for name, v in small.items()]
     masks = tpu_kernel.mask_array(plan)
     if masks is not None:
         out.append(("masks", jnp.asarray(masks), pl.BlockSpec(masks.shape, lambda b, j: (0, 0, 0))))

@@ -18,27 +18,24 @@ _ALIGNED = 16  # sublanes of a register of bfloat16
 
 
 def operands(p: ConvProblem, lhs: Tensor, rhs: Tensor, extras: ConvExtras) -> dict[str, jax.Array]:
-    """Scales and bias in float32, as kernels read them: [1, O], and [N, 1, 128] of images.
+    """Scales and bias as kernels read them: [1, O], one for all images [1, 1], and of images [N, 1, 128].
 
-    A scale of the lhs that serves all images rides on that of the rhs.
+    They are handed over as they are: an XLA op in front of the kernel takes a microsecond, however small.
     """
     n, outputs = p.batch, p.out_features
     found = {}
-    scale = None if rhs.scale is None else rhs.scale.astype(jnp.float32).reshape(1, -1)
+    if rhs.scale is not None:
+        found["rhs_scale"] = _row(rhs.scale.reshape(1, -1), outputs)
     of_image = extras.lhs_scale if p.quantize_lhs else lhs.scale
-    if of_image is not None:
-        of_image = of_image.astype(jnp.float32).reshape(-1, 1, 1)
-        if of_image.shape[0] == 1 and not p.quantize_lhs:
-            scale, of_image = of_image[0] if scale is None else scale * of_image[0], None
-    if scale is not None:
-        found["rhs_scale"] = _row(scale, outputs)
-    if of_image is not None:
-        of_image = jnp.repeat(of_image, n // of_image.shape[0], axis=0)
+    if of_image is not None and of_image.size == 1 and not p.quantize_lhs:
+        found["one_scale"] = of_image.reshape(1, 1)
+    elif of_image is not None:
+        of_image = jnp.repeat(of_image.astype(jnp.float32).reshape(-1, 1, 1), n // of_image.shape[0], axis=0)
         found["lhs_scale"] = jnp.broadcast_to(of_image, (n, 1, LANES))
     if extras.bias is not None:
-        found["bias"] = extras.bias.astype(jnp.float32).reshape(1, -1)
+        found["bias"] = extras.bias.reshape(1, -1)
     if extras.out_scale is not None:
-        found["out_scale"] = _row(extras.out_scale.astype(jnp.float32).reshape(1, 1), outputs)
+        found["out_scale"] = extras.out_scale.reshape(1, 1)
     return found
 
 
@@ -85,9 +82,12 @@ def finish(
     `of_image`: the scale of their image, [1, 1], or one for each place, [places, 1 or more].
     """
     e = p.epilogue
-    scale = r["rhs_scale"][:, lanes] if "rhs_scale" in r else None
+    scale = r["rhs_scale"][:, lanes].astype(jnp.float32) if "rhs_scale" in r else None
+    shared = r["one_scale"][...].astype(jnp.float32) if "one_scale" in r else None
     if of_image is not None and of_image.shape[0] == 1:
-        scale, of_image = of_image if scale is None else scale * of_image, None
+        shared, of_image = of_image, None
+    if shared is not None:
+        scale = shared if scale is None else scale * shared
     if scale is not None:
         z = z.astype(jnp.float32) * scale
     if of_image is not None:
@@ -95,8 +95,8 @@ def finish(
     if e is not None:
         z = z.astype(jnp.float32)
         if e.bias:
-            z = z + r["bias"][:, lanes]
+            z = z + r["bias"][:, lanes].astype(jnp.float32)
         z = activate(z, e.activation)
         if e.quantize is not None:
-            z = values.quantize(z * (1.0 / r["out_scale"][:, lanes]), e.quantize)
+            z = values.quantize(z * (1.0 / r["out_scale"][...].astype(jnp.float32)), e.quantize)
     return values.narrow(z, p.out_dtype)
