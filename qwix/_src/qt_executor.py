@@ -15,11 +15,20 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from qwix._src import averaging, op_plan, op_trace, qconfig, qt_plan, qt_sparsity, ragged_rows, static_range
+from qwix._src import (
+    averaging,
+    op_plan,
+    op_trace,
+    qconfig,
+    qt_plan,
+    qt_ragged,
+    qt_sparsity,
+    ragged_rows,
+    static_range,
+)
 from qwix._src.core import qarray, stochastic_rounding
 from qwix._src.core.conv_general_qt import conv_general_qt
 from qwix._src.core.dot_general_qt import dot_general_qt
-from qwix._src.core.ragged_dot_qt import ragged_dot_qt
 from qwix._src.dot_sides import result_dtype, swap_back, swapped, swapped_precision
 from qwix._src.model_weights import make_record, note_opaque, op_name
 from qwix._src.op_plan import OpPlan
@@ -98,7 +107,7 @@ class TrainingExecutor:
     def _warn_of(self, plan: OpPlan, args: Sequence[Any]) -> None:
         """Warns of a weight that stays float against its rule, where the model can be written otherwise."""
         weight = _weight(plan, args)
-        if weight is not None and plan.reason == qt_plan.OTHER_RAGGED:
+        if weight is not None and (plan.reason or "").startswith(qt_plan.OTHER_RAGGED):
             self.provider._warn_once(
                 f"The weight {weight.info.full_path!r} stays float in {plan.op_id}, against its rule: "
                 f"{plan.reason}. Call jax.lax.ragged_dot, on transposed operands if need be."
@@ -256,16 +265,7 @@ def _convolution(plan: OpPlan, operands: list[Any], params: dict[str, Any], conf
 
 def _ragged(plan: OpPlan, operands: list[Any], params: dict[str, Any], config: Any) -> jax.Array:
     del plan
-    lhs, rhs, group_sizes, *_ = operands
-    return ragged_dot_qt(
-        lhs,
-        rhs,
-        group_sizes,
-        config,
-        precision=params["precision"],
-        preferred_element_type=result_dtype(operands, params),
-        group_offset=params["group_offset"],
-    )
+    return qt_ragged.ragged_dot_general_qt(operands, params, config, result_dtype(operands, params))
 
 
 _OPS = {"dot_general": _dot, "einsum": _dot, "conv_general_dilated": _convolution, "ragged_dot": _ragged}

@@ -11,17 +11,16 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qwix._src import op_plan, qconfig, weight_view
+from qwix._src import op_plan, qconfig, qt_ragged, weight_view
 from qwix._src.core import numerics, qarray
 from qwix._src.core.qt_config import QtConfig
-from qwix._src.core.ragged_dot import BASIC_DIMENSION_NUMBERS
 from qwix._src.op_plan import OpPlan
 from qwix._src.qt_rule import QtRule
 from qwix._src.weight import WeightTracer
 
 Collect = Callable[[Mapping[str, Any]], dict[str, Any]]
 _SIDES = ("lhs", "rhs")
-OTHER_RAGGED = "of ragged dots, only [m, k] x [g, k, n] with ragged m is trained quantized"
+OTHER_RAGGED = "this kind of ragged dot isn't trained quantized: "
 # Fields that name a side of the forward op, in both spellings.
 _EXCHANGE = {"lhs": "rhs", "rhs": "lhs", "dlhs": "drhs", "drhs": "dlhs"}
 
@@ -59,8 +58,8 @@ def _reason(
         return f"operands are {args[0].dtype} and {args[1].dtype}, not both float"
     if op == "conv_general_dilated" and list(sides) != [1]:
         return op_plan.NO_KERNEL
-    if op == "ragged_dot" and params["ragged_dot_dimension_numbers"] != BASIC_DIMENSION_NUMBERS:
-        return OTHER_RAGGED
+    if op == "ragged_dot" and (reason := qt_ragged.refusal(args, params, rule.tile_size)) is not None:
+        return OTHER_RAGGED + reason
     if not sides:
         if rule.act_qtype is None and not rule.extra:
             return "no operand is a weight, and the rule has no act_qtype"
