@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import qwix
 from qwix._src.core import conv_general, qarray
@@ -323,3 +325,25 @@ def test_a_kernel_that_is_no_weight_stays_float():
         "dot_general": None,
         "conv_general_dilated": "the kernel of the convolution is no weight",
     }
+
+
+@pytest.mark.parametrize(
+    "provider",
+    [
+        lambda: qwix.PtqProvider(qwix.QuantizationRule(**SCHEMES["w8a8"])),
+        lambda: qwix.QtProvider(qwix.QtRule(**SCHEMES["w8a8"])),
+    ],
+    ids=["inference", "training"],
+)
+def test_the_layout_that_a_convolution_asks_for(provider, devices):
+    """Images cut along a mesh with explicit axes: the same integers, where the op says."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,), devices=devices[:2])
+    x, w = normal(0, 2, 4, 4, 8), normal(1, 3, 3, 8, 6)
+    alone = qwix.quantize_model(Op(conv(), w), provider(), x)(x)
+    with jax.set_mesh(mesh):
+        layout = NamedSharding(mesh, P("data"))
+        cut = jax.device_put(x, layout)
+        model = qwix.quantize_model(Op(conv(out_sharding=layout), w), provider(), cut)
+        got = jax.jit(model)(cut)
+    assert got.sharding.spec[0] == "data"
+    assert (abs(got - alone) <= 4 * EPS * abs(alone)).all()
