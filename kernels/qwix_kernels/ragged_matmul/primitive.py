@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -22,7 +23,6 @@ from qwix_kernels.lowering import How, explicit_axes
 from qwix_kernels.matmul.primitive import with_own_batch
 from qwix_kernels.problem import Epilogue, Extras, Operand, Tensor
 from qwix_kernels.ragged_matmul import cost, xla
-from qwix_kernels.ragged_matmul.groups import matrix_of
 from qwix_kernels.ragged_matmul.problem import GmmProblem, Groups, TgmmProblem
 
 Problem = GmmProblem | TgmmProblem
@@ -169,13 +169,14 @@ def _row_extra(size: int, x: Any, front: Any, m: int) -> Any:
     return _rows_folded(size, x, front)
 
 
-def _groups_folded(size: int, groups: Groups, front: Any, step: int) -> Groups:
+def _groups_folded(size: int, problem: Problem, groups: Groups, front: Any, step: int) -> Groups:
     """The groups of all batches; `step` matrices further on for each."""
     if front is None:
         front = jax.tree.map(lambda a: jnp.broadcast_to(a, (size, *a.shape)), groups)
     matrix = front.matrix
     if matrix is None and not step:
-        matrix = jnp.broadcast_to(matrix_of(groups), front.sizes.shape)
+        own = np.arange(problem.batch * problem.groups, dtype=np.int32).reshape(problem.batch, -1)
+        matrix = jnp.broadcast_to(own, front.sizes.shape)
     elif matrix is not None:
         further = step * jnp.arange(size, dtype=jnp.int32)[:, None, None]
         matrix = jnp.where(matrix < 0, -1, matrix + further)
@@ -204,10 +205,11 @@ def _gmm_batch_rule(args, axes, *, problem: GmmProblem, how: How):
     own = fronts[1] is not None or any(of[name][1] is not None for name in _BY_GROUP if name in of)
     new: dict[str, Any] = {name: x for name, (x, _) in of.items() if name in _SHARED}
     new |= {name: _row_extra(size, *of[name], p.m) for name in _BY_ROW if name in of}
-    new |= {name: _matrices_folded(size, *of[name], own) for name in _BY_GROUP if name in of}
-    rhs = _matrices_folded(size, rhs, fronts[1], own)
+    folded = functools.partial(_matrices_folded, size, problem.matrices, own)
+    new |= {name: folded(*of[name]) for name in _BY_GROUP if name in of}
+    rhs = folded(rhs, fronts[1])
     lhs = _rows_folded(size, lhs, fronts[0])
-    groups = _groups_folded(size, groups, fronts[2], problem.matrices if own else 0)
+    groups = _groups_folded(size, problem, groups, fronts[2], problem.matrices if own else 0)
     product = dataclasses.replace(
         p,
         m=size * p.m,
@@ -219,14 +221,15 @@ def _gmm_batch_rule(args, axes, *, problem: GmmProblem, how: How):
     return out.reshape(size, p.m, p.n), 0
 
 
-def _matrices_folded(size: int, x: Any, front: Any, own: bool) -> Any:
+def _matrices_folded(size: int, matrices: int, own: bool, x: Any, front: Any) -> Any:
     """[matrices or 1, ...] of every batch as [size * matrices, ...], where any of them has a batch."""
     shared = front is None and not isinstance(x, Tensor) and x.shape[0] == 1
     if shared or not own:
         return x
     if front is None:
         front = jax.tree.map(lambda a: jnp.broadcast_to(a, (size, *a.shape)), x)
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), front)
+    each = jax.tree.map(lambda a: jnp.broadcast_to(a, (size, matrices, *a.shape[2:])), front)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), each)
 
 
 def _mapped(fun: Callable, args, axes, size: int) -> jax.Array:
@@ -250,7 +253,7 @@ def _tgmm_batch_rule(args, axes, *, problem: TgmmProblem, how: How):
         dataclasses.replace(x, values=_rows_folded(size, x.values, f and f.values))
         for x, f in zip((lhs, g), fronts[:2], strict=True)
     ]
-    groups = _groups_folded(size, groups, fronts[2], problem.matrices)
+    groups = _groups_folded(size, problem, groups, fronts[2], problem.matrices)
     wide = lambda x: dataclasses.replace(x, tile_k=size * problem.m if x.is_quantized else 0)
     big = dataclasses.replace(
         problem,

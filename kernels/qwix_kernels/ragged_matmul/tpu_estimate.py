@@ -17,7 +17,6 @@ from qwix_kernels.matmul import cost as matmul_cost
 from qwix_kernels.matmul import tpu_estimate as matmul_estimate
 from qwix_kernels.matmul.tpu_config import LANES, pl_cdiv
 from qwix_kernels.matmul.tpu_plan import Plan, k_tile
-from qwix_kernels.problem import Operand
 from qwix_kernels.ragged_matmul import cost
 from qwix_kernels.ragged_matmul.problem import GmmProblem
 from qwix_kernels.ragged_matmul.tpu_plan import Config, GmmPlan, resolve
@@ -104,7 +103,9 @@ def _compute_us(plan: GmmPlan, chip: Chip) -> float:
 
 def _without_weights(plan: Plan, chip: Chip) -> float:
     """Cycles of one step whose weights are there as the matrix unit takes them."""
-    rhs = Operand(plan.rhs_dot, plan.problem.rhs.batch, plan.problem.n)
+    rhs = dataclasses.replace(plan.problem.rhs, dtype=plan.rhs_dot, codebook=None, zero_point=False)
+    if plan.folds_rhs:
+        rhs = dataclasses.replace(rhs, scale_dtype=None, tile_free=0, tile_k=0)
     product = dataclasses.replace(plan.problem, rhs=rhs)
     return matmul_estimate.step_cycles(dataclasses.replace(plan, problem=product, prepare_rhs=False), chip)
 
@@ -146,10 +147,8 @@ def _candidates(problem: GmmProblem, chip: Chip, whole_k: bool) -> Iterator[Conf
         tiles.append(p.quantize_lhs.tile_k)
     depths = [p.k] if whole_k else matmul_estimate.k_parts(p.k, math.lcm(LANES, *tiles))
     for strategy in ("after", "before") if tiles else ("once",):
-        for bm in _row_blocks(p.m):
-            for part in sorted({min(bm, size) for size in (32, 64, 128, 256, 512)}):
-                if bm % part or (strategy == "after" and part > 128):
-                    continue
+        for bm, part in _row_blocks(p.m, cost.touched(problem)):
+            if strategy != "after" or part <= 128:
                 for bn in _column_blocks(p.n, chip):
                     if strategy == "after" and bn > 512 and part > 64 and p.n > 512:
                         continue
@@ -157,9 +156,16 @@ def _candidates(problem: GmmProblem, chip: Chip, whole_k: bool) -> Iterator[Conf
                         yield Config(bm, bn, bk, strategy, part)
 
 
-def _row_blocks(m: int) -> list[int]:
+def _row_blocks(m: int, groups: int) -> list[tuple[int, int]]:
+    """Rows of a tile and of a part of it; those too that hold a group of average size."""
     unit = 8 if m <= 32 else 64
-    return sorted({min(size, pl_cdiv(m, unit) * unit) for size in (1024, 512, 256, 128, 64, 32, 8)})
+    sizes = {min(size, pl_cdiv(m, unit) * unit) for size in (1024, 512, 256, 128, 64, 32, 8)}
+    parts = {32, 64, 128, 256, 512}
+    if (each := m // groups) % 32 == 0 and 32 <= each <= 512:
+        sizes |= {each, 2 * each}
+        parts |= {each}
+    pairs = {(size, min(size, part)) for size in sizes for part in parts}
+    return sorted(pair for pair in pairs if pair[0] % pair[1] == 0)
 
 
 def _column_blocks(n: int, chip: Chip) -> list[int]:
