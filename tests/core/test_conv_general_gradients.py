@@ -92,8 +92,20 @@ def _stored(x: jax.Array, config: dict, side: str) -> np.ndarray:
 CONFIGS = [W8A8, MINMAX, {"rhs_qtype": "int4"}, {"lhs_qtype": "int8", "rhs_qtype": "nf4"}]
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def _large(cases):
+    """Cases that are left to the long run."""
+    return [pytest.param(*case, marks=pytest.mark.large) for case in cases]
+
+
+BRIEF = [(name, MINMAX) for name in GEOMETRIES] + [
+    ("groups", config) for config in CONFIGS if config != MINMAX
+]
+ALL = [(name, config) for name in GEOMETRIES for config in CONFIGS]
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), BRIEF + _large(case for case in ALL if case not in BRIEF), ids=str
+)
 def test_float_backward(name, config):
     x, w, positional, geometry, rng = _case(name)
     op = lambda x, w: conv_general_qt(x, w, ConvGeneralQtConfig(**config), *positional)
@@ -101,7 +113,11 @@ def test_float_backward(name, config):
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-@pytest.mark.parametrize("config", [W8A8 | SHARED, MINMAX | SHARED], ids=["absmax", "minmax"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(W8A8 | SHARED, marks=pytest.mark.large), MINMAX | SHARED],
+    ids=["absmax", "minmax"],
+)
 def test_quantized_backward(name, config):
     """One scale for all of g: it is off by half a step of its grid at most."""
     x, w, positional, geometry, rng = _case(name, 1)

@@ -30,7 +30,9 @@ def stored(*shape: int) -> Tensor:
     return Tensor(struct(shape, jnp.int8), struct((1, 1, 1, 1), jnp.float32))
 
 
-@pytest.mark.parametrize("chip", TOPOLOGY)
+@pytest.mark.parametrize(
+    "chip", ["v6e", *(pytest.param(c, marks=pytest.mark.large) for c in TOPOLOGY if c != "v6e")]
+)
 def test_kernels(chip):
     """Each in one program: stored integers, odd sizes, several images, quantization on the way, depthwise."""
     extras = ConvExtras(bias=struct((64,), jnp.float32))
@@ -39,13 +41,14 @@ def test_kernels(chip):
     compiled(chip, struct((1, 14, 14, 96), jnp.bfloat16), (3, 3, 1, 96), quantize_lhs=INT8, groups=96)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("chip", ["v5e", "v7x"])
 @pytest.mark.parametrize("weights", ["int4", "float8_e4m3fn"])
 def test_formats(chip, weights):
     compiled(chip, struct((1, 8, 16, 64), jnp.bfloat16), (3, 3, 64, 64), weights=weights)
 
 
-@pytest.mark.parametrize("chip", ["v6e"])
+@pytest.mark.parametrize("chip", ["v5e"])
 def test_a_chain_of_integers(chip):
     extras = ConvExtras(out_scale=struct((1, 1, 1, 1), jnp.float32))
     how = RowQuantize("int8", 127.5, static=True)

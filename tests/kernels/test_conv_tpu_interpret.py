@@ -64,7 +64,11 @@ def assert_right(lhs, rhs, extras=None, *, chip="v6e", blocks=None, **options) -
 # Pitches of whole native tiles, of half of one and of a quarter: few, more and many shifted copies.
 @pytest.mark.parametrize(
     ("images", "size", "blocks"),
-    [(1, (5, 12), (32, 1, 2, 16)), (1, (5, 12), (16, 1, 2, 16)), (2, (7, 7), (8, 2, 4, 16))],
+    [
+        pytest.param(1, (5, 12), (32, 1, 2, 16), marks=pytest.mark.large),
+        (1, (5, 12), (16, 1, 2, 16)),
+        (2, (7, 7), (8, 2, 4, 16)),
+    ],
     ids=str,
 )
 def test_accumulators_are_exact(images, size, blocks):
@@ -77,8 +81,8 @@ def test_accumulators_are_exact(images, size, blocks):
     "options",
     [
         {"padding": SAME, "strides": (2, 2)},
-        {"padding": ((2, 2), (2, 2)), "rhs_dilation": (2, 2)},
-        {"padding": ((0, 1), (-1, 0)), "strides": (1, 2)},
+        pytest.param({"padding": ((2, 2), (2, 2)), "rhs_dilation": (2, 2)}, marks=pytest.mark.large),
+        pytest.param({"padding": ((0, 1), (-1, 0)), "strides": (1, 2)}, marks=pytest.mark.large),
     ],
     ids=str,
 )
@@ -98,7 +102,7 @@ def test_one_spatial_axis():
     assert_right(stored(rng, "int8", (1, 9, 32)), stored(rng, "int8", (3, 32, 8)), padding=((2, 0),))
 
 
-@pytest.mark.parametrize("chip", ["v6e", "v7x"])
+@pytest.mark.parametrize("chip", ["v6e", pytest.param("v7x", marks=pytest.mark.large)])
 def test_quantized_on_the_way(chip):
     """A scale for each image; an image of zeros; bias and activation."""
     rng = np.random.default_rng(4)
@@ -108,6 +112,7 @@ def test_quantized_on_the_way(chip):
     assert_right(x, weights(rng, "int8", (3, 3, 32, 16)), extras, chip=chip, **options)
 
 
+@pytest.mark.large
 def test_other_formats():
     rng = np.random.default_rng(5)
     x = stored(rng, "bfloat16", (1, 4, 7, 32))
@@ -117,7 +122,7 @@ def test_other_formats():
     assert_right(x, weights(rng, "float8_e4m3fn", (3, 3, 32, 16)), **options)
 
 
-@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("per_image", [False, pytest.param(True, marks=pytest.mark.large)])
 def test_a_chain_of_integers(per_image):
     """int8 in, with one scale or one for each image; int8 out by a static scale."""
     rng = np.random.default_rng(6)
@@ -129,8 +134,13 @@ def test_a_chain_of_integers(per_image):
     assert_right(lhs, rhs, extras, padding=SAME, activation="relu", quantize_out=how)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(
+    ("stride", "quantized"),
+    [
+        (2, True),
+        *(pytest.param(*case, marks=pytest.mark.large) for case in ((1, True), (1, False), (2, False))),
+    ],
+)
 def test_depthwise(stride, quantized):
     rng = np.random.default_rng(7)
     options = {"padding": SAME, "strides": (stride, stride), "groups": 160}
@@ -142,7 +152,7 @@ def test_depthwise(stride, quantized):
     assert_right(x, weights(rng, "int8", (3, 3, 1, 160)), extras, **options)
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("static", [False, pytest.param(True, marks=pytest.mark.large)])
 def test_pointwise_by_the_matmul_kernel(static):
     rng = np.random.default_rng(8)
     extras = ConvExtras(jnp.full((1, 1, 1, 1), 0.03) if static else None, jnp.ones(16))

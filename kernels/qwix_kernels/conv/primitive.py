@@ -73,7 +73,7 @@ def _batch_rule(args, axes, *, problem: ConvProblem, how: How):
     """More images where only what belongs to images is mapped; XLA's rules for everything else."""
     size = next(a.shape[axis] for a, axis in zip(args, axes, strict=True) if axis is not None)
     mapped: Any = _unflatten(problem, [axis is not None for axis in axes])
-    if any(jax.tree.leaves(mapped[1])) or mapped[2].bias:
+    if any(jax.tree.leaves(mapped[1])) or mapped[2].bias or mapped[2].out_scale:
         run = lambda *leaves: _leaves(xla.run(problem, *_unflatten(problem, leaves)))
         return jax.vmap(run, in_axes=tuple(axes), axis_size=size)(*args), _zeros(problem)
     n = problem.batch

@@ -7,6 +7,23 @@ The grid is (blocks of images, blocks of output features). In one step:
     3. scales, bias and activation go on; the result is rounded once, or quantized.
 
 What lies in the result's block past the image, and columns past its width, is cut off by the store.
+
+The ladder: static microseconds of 3 x 3, 8 x 56 x 56 x 256 -> 256, int8 in, bfloat16 out, and what binds.
+`python -m bench.price --suite conv` gives the last figure of a line.
+
+  v6e   XLA's bfloat16 70.2, its int8 193. The matrix units need 16.1; 18.4 with rows of 56 in a pitch of 64
+            53.4  chunks of 128 places, a copy for each column shift made 64 places at a time
+        ->  39.8 in 256 -> 33.9 in 512 -> 32.3 in 896 -> 30.9 in 1792: filling and emptying the matrix units
+                  costs some 140 cycles a chunk. The dots are then at 94 % of the units' peak, in 19.9
+        ->  25.8 copies made in one loop, 256 places at a time, which share loads and hide their latency
+        rejected: a pitch of 56, which wastes nothing, but whose rows start within a native tile, so that
+        every tap has a copy of its own: 42.6 against 39.8 in chunks of 256
+  v6e   14 x 14 x 256: 3.3 -> 2.0 without XLA's op in front that multiplies two scales
+  v6e   2 x 64 x 64 x 320: over two minutes to compile with features of taps side by side that fill no whole
+        registers, each moved by half of one -> 12 seconds with taps of 384, rows of zeros in the weights
+  v5e   XLA's bfloat16 221, its int8 372; the matrix units need 75.1: 94.7 in chunks of 448
+  v7x   XLA's bfloat16 48.8; no int8 unit, so bfloat16, which needs 25.7: 40.4 in three dots whose sums of
+        integers are exact in float32; sums that are scaled need not be -> one dot
 """
 
 from __future__ import annotations
