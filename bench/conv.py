@@ -14,13 +14,12 @@ Three kinds of figures, never mixed:
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import app, flags
 
-from bench import cache, conv_price, shapes
+from bench import cache, conv_price, op_tables, shapes
 from bench.shapes import ConvLayer
 
 _CHIPS = flags.DEFINE_list("chips", list(conv_price.CHIPS), "TPUs to give static prices for.")
@@ -60,10 +59,10 @@ def cpu_rows(layers: Sequence[ConvLayer], schemes: Sequence[str], rounds: int) -
     """Ratios to XLA's convolutions of float32 and bfloat16, one image; under 1 is faster."""
     import dataclasses
 
-    from bench.cpu_ratios import Ratio
+    from bench.cpu_ratios import Ratio, in_turn
 
     for layer in (dataclasses.replace(layer, images=1) for layer in layers):
-        seconds = _in_turn(_programs(layer, schemes), rounds)
+        seconds = in_turn(_programs(layer, schemes), rounds)
         for scheme in schemes:
             ratios = {
                 f"ratio_to_{other}": dataclasses.asdict(Ratio.of(seconds[scheme], seconds[other]))
@@ -87,18 +86,6 @@ def _programs(layer: ConvLayer, schemes: Sequence[str]) -> dict[str, tuple[Any, 
     for scheme in schemes:
         programs[scheme] = conv_problems.kernel(layer, scheme), conv_problems.operands(layer, scheme)
     return {name: (jax.jit(op), measured.data(shapes)) for name, (op, shapes) in programs.items()}
-
-
-def _in_turn(programs: dict[str, tuple[Any, tuple[Any, ...]]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each program in each round, every timed run right after one that is not."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(rounds + 1):
-        for name, (op, arrays) in programs.items():
-            op(*arrays).block_until_ready()
-            start = time.perf_counter()
-            op(*arrays).block_until_ready()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: times[1:] for name, times in seconds.items()}
 
 
 def device_rows(chip: Any, layers: Sequence[ConvLayer], schemes: Sequence[str], rounds: int) -> Iterator[Any]:
@@ -131,32 +118,9 @@ def device_rows(chip: Any, layers: Sequence[ConvLayer], schemes: Sequence[str], 
 
 def show(result: dict[str, Any], static: Sequence[conv_price.Row]) -> None:
     """Prints whatever kinds of figures there are, losing ones included."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=max(150, Console().width))
-    titles = {
-        "device": "Measured on the device, by its profiler: microseconds",
-        "cpu": "Measured on the CPU, wall clock: time over another program's (quartiles); under 1 is faster",
-    }
-    for kind, title in titles.items():
-        rows = result.get(kind, ())
-        if not rows:
-            continue
-        table = Table(title=title)
-        for column in rows[0]:
-            table.add_column(column)
-        for row in rows:
-            table.add_row(*(_cell(value) for value in row.values()))
-        console.print(table)
+    op_tables.show(result)
     if static:
         conv_price.show(static)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{value['median']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def main(argv: Sequence[str]) -> None:

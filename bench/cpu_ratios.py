@@ -146,6 +146,18 @@ class Reference:
         return next(lines, {})
 
 
+def in_turn(programs: dict[str, tuple[Any, tuple[Any, ...]]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each program in each round, every timed run right after one that is not."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(rounds + 1):
+        for name, (op, arrays) in programs.items():
+            op(*arrays).block_until_ready()
+            start = time.perf_counter()
+            op(*arrays).block_until_ready()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
 def measure(
     shapes: Sequence[tuple[int, int, int]],
     schemes: Sequence[str],
