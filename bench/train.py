@@ -83,7 +83,8 @@ def part_of(op: dict[str, Any], weights: dict[str, tuple[int, int]], quantized: 
     one of its own matmuls counts with it.
 
     >>> op = {"where": "jit(f)/transpose(jvp(Block))/up_proj/dot", "result": "bf16[1,64,32]"}
-    >>> part_of(op | {"is_kernel": True, "is_matmul": False}, {"up_proj": (64, 32)}, True)
+    >>> op |= {"name": "qwix_matmul_w8a8.1", "is_kernel": True, "is_matmul": False}
+    >>> part_of(op, {"up_proj": (64, 32)}, True)
     'drhs'
     """
     where, projection = op["where"], _PROJECTION.search(op["where"])
@@ -91,7 +92,7 @@ def part_of(op: dict[str, Any], weights: dict[str, tuple[int, int]], quantized: 
         return "attention"
     if projection is None:
         return "other"
-    if not (op["is_kernel"] or op["is_matmul"]):
+    if not (op["is_kernel"] or op["is_matmul"]) or op["name"].startswith("qwix_quantize"):
         return "quantize" if quantized else "other"
     if "transpose(" not in where:
         return "forward"
