@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from qwix._src.core import dot_general as _dot
 from qwix._src.core import ragged_dot as _ragged
+from qwix._src.core import ragged_kernel as _kernel
 from qwix._src.core.calibration import HowToQuantize
 from qwix._src.core.qarray import QArray
 from qwix._src.core.ragged_kernel import RaggedFused
@@ -148,4 +149,4 @@ def ragged_problem(
     """The kernel's problem of a ragged dot of shapes; None where it is none."""
     numbers = _ragged.BASIC_DIMENSION_NUMBERS if numbers is None else numbers
     how = _act(lhs, rhs, numbers, **act)
-    return _ragged.ragged_problem(lhs, rhs, numbers, act_how=how, **options, **_given(fused))
+    return _kernel.ragged_problem(lhs, rhs, numbers, act_how=how, **options, **_given(fused))

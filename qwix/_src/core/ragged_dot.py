@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 from jax.lax import RaggedDotDimensionNumbers
 from jax.typing import DTypeLike
-from qwix_kernels.ragged_matmul import GmmProblem, TgmmProblem
 
 from qwix._src.core import dot_general as dot_lib
 from qwix._src.core import layout, numerics, qarray, ragged_kernel
@@ -109,7 +108,7 @@ def ragged_dot_general(
         if isinstance(x, QArray):
             qarray.validate_qarray(x)
     ragged = describe(lhs, rhs, group_sizes, dimension_numbers, group_offset is not None)
-    _check_options(lhs, ragged, act_how, fused)
+    ragged_kernel.check_options(lhs, ragged, act_how, fused)
     accumulator, dtype = qarray.get_accumulator_and_result_type(
         lhs, rhs, preferred_element_type=preferred_element_type
     )
@@ -139,59 +138,27 @@ def ragged_dot_general(
     return out if start is None else _roll(out, start, row_axis)
 
 
-def ragged_problem(
-    lhs: Any,
-    rhs: Any,
-    dimension_numbers: RaggedDotDimensionNumbers = BASIC_DIMENSION_NUMBERS,
-    *,
-    groups: int | None = None,
-    act_how: HowToQuantize | None = None,
-    precision: Any = None,
-    preferred_element_type: DTypeLike | None = None,
-    **fused: Unpack[RaggedFused],
-) -> GmmProblem | TgmmProblem | None:
-    """The kernel's problem that `ragged_dot_general` would solve (for one batch), without running anything.
-
-    Args:
-      lhs, rhs: arrays, QArrays or the same of `jax.ShapeDtypeStruct`s.
-      groups: how many groups there are; those of rhs by default.
-      dimension_numbers, ..., **fused: as for `ragged_dot_general`.
-
-    Returns:
-      None where it is no grouped matmul.
-    """
-    group_axes = dimension_numbers.rhs_group_dimensions
-    count = groups or (rhs.shape[group_axes[0]] if group_axes else 1)
-    sizes = jax.ShapeDtypeStruct((count,), jnp.int32)
-    ragged = describe(lhs, rhs, sizes, dimension_numbers, has_offset=groups is not None)
-    _check_options(lhs, ragged, act_how, fused)
-    _, dtype = qarray.get_accumulator_and_result_type(lhs, rhs, preferred_element_type=preferred_element_type)
-    if ragged_kernel.refusal(lhs, rhs, ragged, precision, act_how):
-        return None
-    found: list[GmmProblem | TgmmProblem] = []
-    arrays, tree = jax.tree.flatten((lhs, rhs, sizes, fused))
-
-    def make(given: dict[int, Any]) -> None:
-        lhs, rhs, sizes, fused = jax.tree.unflatten(tree, [given.get(i, x) for i, x in enumerate(arrays)])
-        if ragged.mode == "free":
-            call, _ = ragged_kernel.free_call(lhs, rhs, sizes, ragged, precision, dtype, act_how, fused)
-        else:
-            call, _ = ragged_kernel.contracting_call(lhs, rhs, sizes, ragged, precision, dtype)
-        found.append(ragged_kernel.problem_of(call, ragged.mode))
-
-    jax.eval_shape(make, {i: x for i, x in enumerate(arrays) if hasattr(x, "shape")})
-    return found[0]
-
-
-def _check_options(lhs: Any, ragged: Ragged, act_how: HowToQuantize | None, fused: RaggedFused) -> None:
-    if act_how is not None and (isinstance(lhs, QArray) or not numerics.should_quantize(lhs.dtype)):
-        raise ValueError(f"act_how quantizes a float lhs, but lhs is {lhs!r}. Leave act_how out.")
-    unknown = set(fused) - RaggedFused.__optional_keys__
-    if unknown:
-        known = ", ".join(sorted(RaggedFused.__optional_keys__))
-        raise TypeError(f"Unknown keyword {', '.join(sorted(unknown))}; what can be fused: {known}.")
-    if fused and ragged.mode != "free":
-        raise ValueError(f"Nothing is fused where the ragged axis is a {ragged.mode} axis; got {[*fused]}.")
+def per_group(
+    lhs: Operand,
+    rhs: Operand,
+    sizes: jax.Array,
+    dimension_numbers: RaggedDotDimensionNumbers,
+    precision: Any,
+    dtype: Any,
+    offset: Any,
+    groups: int,
+) -> jax.Array:
+    """Where the ragged axis is contracting: the products of `groups` groups from `offset` (None: all)."""
+    ragged = describe(lhs, rhs, sizes, dimension_numbers, offset is not None)
+    if offset is None or ragged_kernel.refusal(lhs, rhs, ragged, precision, None):
+        out = ragged_dot_general(lhs, rhs, sizes, dimension_numbers, precision, dtype)
+        if offset is None:
+            return out
+        local = jnp.reshape(offset, ()) + jnp.arange(groups)
+        return out.at[local].get(mode="fill", fill_value=0)
+    call, columns = ragged_kernel.contracting_call(lhs, rhs, sizes, ragged, precision, dtype)
+    out = ragged_kernel.contracting(call, offset, groups, None)
+    return out.reshape(groups, *columns).astype(dtype)
 
 
 # --- groups

@@ -10,6 +10,7 @@ Scales: of lhs per row, of rhs per group and column. What quantization adds is i
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -18,15 +19,19 @@ import numpy as np
 from jax.lax import RaggedDotDimensionNumbers
 from jax.typing import DTypeLike
 
-from qwix._src.core import qarray, qt_vjp, ragged_dot
+from qwix._src.core import qarray, qt_vjp, ragged_dot, ragged_kernel
 from qwix._src.core.calibration import HowToQuantize
 from qwix._src.core.qt_config import QtConfig, Side, TileSize
 from qwix._src.core.qt_scaling import scale_gradient
 from qwix._src.core.qt_vjp import Operand
+from qwix._src.core.ragged_plan import describe
 
 RaggedDotQtConfig = QtConfig
 _PER_GROUP = RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=()
+)
+_OVER_COLUMNS = RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,)
 )
 _Groups = tuple[jax.Array, jax.Array | None]  # sizes, offset
 
@@ -61,6 +66,47 @@ def ragged_dot_qt(
     return _zero_rows(out, alive)
 
 
+def ragged_dot_general_qt(
+    lhs: Operand,
+    rhs: Operand,
+    group_sizes: jax.Array,
+    dimension_numbers: RaggedDotDimensionNumbers,
+    config: RaggedDotQtConfig,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    group_offset: jax.Array | None = None,
+) -> jax.Array:
+    """`jax.lax.ragged_dot_general` in training, where each group has a matrix: axes are merged to [M, K] and
+    [G, K, N], as whose scales `config` is meant, and the rest is `ragged_dot_qt`.
+
+    Raises:
+      ValueError: batch axes, free axes of lhs before the ragged one, or a ragged axis that is not free.
+
+    >>> config = RaggedDotQtConfig(lhs_qtype="int8", rhs_qtype="int8")
+    >>> numbers = RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
+    >>> x, w = jnp.ones((5, 8, 2)), jnp.ones((2, 4, 8))
+    >>> out = ragged_dot_general_qt(x, w, jnp.array([3, 1]), numbers, config)
+    >>> out.shape, [round(float(v)) for v in out[:, 0, 0]]
+    ((5, 2, 4), [8, 8, 8, 8, 0])
+    """
+    ragged = describe(lhs, rhs, group_sizes, dimension_numbers, group_offset is not None)
+    (lhs_ca, rhs_ca), batch = ragged.numbers[0], ragged.numbers[1][0]
+    if ragged.mode != "free" or batch or ragged.prefix:
+        raise ValueError(
+            f"In training each group has a matrix, and the ragged axis comes first; got {dimension_numbers} "
+            f"with a ragged {ragged.mode} axis{', batch axes' * bool(batch)}. Transpose, or map over batches."
+        )
+    rows, columns = ragged.free_axes(0), ragged.free_axes(1)
+    shape = [lhs.shape[a] for a in rows], [rhs.shape[a] for a in columns]
+    rest, n = math.prod(shape[0][1:]), math.prod(shape[1])
+    left = lhs.transpose((*rows, *lhs_ca)).reshape((shape[0][0] * rest, -1))
+    right = rhs.transpose((ragged.group, *rhs_ca, *columns)).reshape((rhs.shape[ragged.group], -1, n))
+    out = ragged_dot_qt(
+        left, right, group_sizes * rest, config, precision, preferred_element_type, group_offset
+    )
+    return out.reshape((*shape[0], *shape[1]))
+
+
 @jax.custom_vjp
 def _zero_rows(x: jax.Array, alive: jax.Array) -> jax.Array:
     """Zeros where `alive` [M, 1] is false, also in the gradient. Keeps no mask of x's shape."""
@@ -92,13 +138,13 @@ class _RaggedDot:
         return _how((0,) if side == "lhs" else (0, 2), 1, tile_size, kwargs)
 
     def on_the_way(self, lhs: jax.Array, rhs: Operand, how: HowToQuantize) -> bool:
-        return False
+        return ragged_kernel.quantizes_rows(lhs, rhs, how, self.precision)
 
     def __call__(
         self, lhs: Operand, rhs: Operand, extra: _Groups, dtype: np.dtype, act_how: HowToQuantize | None
     ) -> jax.Array:
         sizes, offset = extra
-        return ragged_dot.ragged_dot(lhs, rhs, sizes, self.precision, dtype, offset)
+        return ragged_dot.ragged_dot(lhs, rhs, sizes, self.precision, dtype, offset, act_how=act_how)
 
     def gradient(self, side: Side) -> _Dlhs | _Drhs:
         return _Dlhs(self.precision) if side == "lhs" else _Drhs(self.precision, self.groups)
@@ -106,7 +152,7 @@ class _RaggedDot:
 
 @dataclasses.dataclass(frozen=True)
 class _Dlhs:
-    """dlhs = g . rhs, by a ragged dot of the transposed matrices."""
+    """dlhs = g . rhs, by a ragged dot over the other axis of the matrices."""
 
     precision: Any
     contracting = (2,)
@@ -129,8 +175,10 @@ class _Dlhs:
     def __call__(
         self, g: Any, other: Any, extra: _Groups, dtype: np.dtype, act_how: HowToQuantize | None
     ) -> jax.Array:
-        g = g if act_how is None else qarray.quantize(g, act_how)
-        return ragged_dot.ragged_dot(g, other.swapaxes(1, 2), extra[0], self.precision, dtype, extra[1])
+        sizes, offset = extra
+        return ragged_dot.ragged_dot_general(
+            g, other, sizes, _OVER_COLUMNS, self.precision, dtype, offset, act_how=act_how
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +204,5 @@ class _Drhs:
     ) -> jax.Array:
         g = g if act_how is None else qarray.quantize(g, act_how)
         sizes, offset = extra
-        out = ragged_dot.ragged_dot_general(other, g, sizes, _PER_GROUP, self.precision, dtype)
-        if offset is None:
-            return out
-        local = jnp.reshape(offset, ()) + jnp.arange(self.groups)
-        return out.at[local].get(mode="fill", fill_value=0)
+        how = self.precision, dtype, offset, self.groups
+        return ragged_dot.per_group(other, g, sizes, _PER_GROUP, *how)

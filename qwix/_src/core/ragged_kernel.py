@@ -11,20 +11,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import RaggedDotDimensionNumbers
+from jax.typing import DTypeLike
 from qwix_kernels import ragged_matmul
 from qwix_kernels.problem import Extras, Tensor
 from qwix_kernels.ragged_matmul import GmmProblem, TgmmProblem
 
 from qwix._src.core import dot_general as _dot
-from qwix._src.core import dot_plan, fused_dot, qarray
+from qwix._src.core import dot_plan, fused_dot, numerics, qarray
 from qwix._src.core.calibration import HowToQuantize
 from qwix._src.core.qarray import QArray
-from qwix._src.core.ragged_plan import Ragged
+from qwix._src.core.ragged_plan import BASIC_DIMENSION_NUMBERS, Ragged, describe
 from qwix._src.core.transposed_qarray import Layout, make_layout
 
 Operand = jax.Array | QArray
@@ -214,7 +216,71 @@ def contracting_call(
 # --- both
 
 
-def problem_of(call: Call, mode: str) -> GmmProblem | TgmmProblem:
+def quantizes_rows(lhs: jax.Array, rhs: Operand, how: HowToQuantize, precision: Any) -> bool:
+    """Whether `ragged_dot` of a float lhs quantizes its rows itself, as `RowQuantize` documents."""
+    sizes = jax.ShapeDtypeStruct((rhs.shape[0],), jnp.int32)
+    ragged = describe(lhs, rhs, sizes, BASIC_DIMENSION_NUMBERS, False)
+    if refusal(lhs, rhs, ragged, precision, how):
+        return False
+    return dot_plan.row_quantize(how, make_layout(lhs.shape, ragged.numbers, "lhs")) is not None
+
+
+def ragged_problem(
+    lhs: Any,
+    rhs: Any,
+    dimension_numbers: RaggedDotDimensionNumbers = BASIC_DIMENSION_NUMBERS,
+    *,
+    groups: int | None = None,
+    act_how: HowToQuantize | None = None,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    **fused: Unpack[RaggedFused],
+) -> GmmProblem | TgmmProblem | None:
+    """The kernel's problem that `ragged_dot_general` would solve (for one batch), without running anything.
+
+    Args:
+      lhs, rhs: arrays, QArrays or the same of `jax.ShapeDtypeStruct`s.
+      groups: how many groups there are; those of rhs by default.
+      dimension_numbers, ..., **fused: as for `ragged_dot_general`.
+
+    Returns:
+      None where it is no grouped matmul.
+    """
+    group_axes = dimension_numbers.rhs_group_dimensions
+    count = groups or (rhs.shape[group_axes[0]] if group_axes else 1)
+    sizes = jax.ShapeDtypeStruct((count,), jnp.int32)
+    ragged = describe(lhs, rhs, sizes, dimension_numbers, has_offset=groups is not None)
+    check_options(lhs, ragged, act_how, fused)
+    _, dtype = qarray.get_accumulator_and_result_type(lhs, rhs, preferred_element_type=preferred_element_type)
+    if refusal(lhs, rhs, ragged, precision, act_how):
+        return None
+    found: list[GmmProblem | TgmmProblem] = []
+    arrays, tree = jax.tree.flatten((lhs, rhs, sizes, fused))
+
+    def make(given: dict[int, Any]) -> None:
+        lhs, rhs, sizes, fused = jax.tree.unflatten(tree, [given.get(i, x) for i, x in enumerate(arrays)])
+        if ragged.mode == "free":
+            call, _ = free_call(lhs, rhs, sizes, ragged, precision, dtype, act_how, fused)
+        else:
+            call, _ = contracting_call(lhs, rhs, sizes, ragged, precision, dtype)
+        found.append(_described(call, ragged.mode))
+
+    jax.eval_shape(make, {i: x for i, x in enumerate(arrays) if hasattr(x, "shape")})
+    return found[0]
+
+
+def check_options(lhs: Any, ragged: Ragged, act_how: HowToQuantize | None, fused: RaggedFused) -> None:
+    if act_how is not None and (isinstance(lhs, QArray) or not numerics.should_quantize(lhs.dtype)):
+        raise ValueError(f"act_how quantizes a float lhs, but lhs is {lhs!r}. Leave act_how out.")
+    unknown = set(fused) - RaggedFused.__optional_keys__
+    if unknown:
+        known = ", ".join(sorted(RaggedFused.__optional_keys__))
+        raise TypeError(f"Unknown keyword {', '.join(sorted(unknown))}; what can be fused: {known}.")
+    if fused and ragged.mode != "free":
+        raise ValueError(f"Nothing is fused where the ragged axis is a {ragged.mode} axis; got {[*fused]}.")
+
+
+def _described(call: Call, mode: str) -> GmmProblem | TgmmProblem:
     """What dispatch is asked about, for one batch."""
     left, right, sizes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (call.left, call.right, call.sizes)
