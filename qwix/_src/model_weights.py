@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qwix._src import op_plan, op_trace, qconfig, weight_view
-from qwix._src.core import conv_general, dot_general, qarray, ragged_dot
+from qwix._src.core import conv_general, dot_general, qarray, ragged_kernel
 from qwix._src.dot_sides import swapped
 from qwix._src.op_plan import OpPlan
 from qwix._src.report_records import OpRecord, device_bytes
@@ -228,7 +228,7 @@ def _ragged_problem(sides: Sequence[Any], args: Sequence[Any], params: dict[str,
     numbers = params["ragged_dot_dimension_numbers"]
     counted = params["group_offset"] is not None or not numbers.rhs_group_dimensions
     lhs, rhs = sides
-    return ragged_dot.ragged_problem(
+    return ragged_kernel.ragged_problem(
         lhs,
         rhs,
         numbers,
