@@ -59,9 +59,9 @@ class MobileNetV2(nnx.Module):
     """The classifier.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> config = Config(stem=8, stages=((1, 8, 1, 1), (6, 8, 2, 2)), head=16, classes=10)
-      >>> MobileNetV2(config, rngs=nnx.Rngs(0))(jnp.ones((2, 32, 32, 3))).shape
+      >>> images = jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")
+      >>> jax.eval_shape(lambda x: MobileNetV2(config, rngs=nnx.Rngs(0))(x), images).shape
       (2, 10)
     """
 

@@ -265,7 +265,7 @@ def _convolution(plan: OpPlan, operands: list[Any], params: dict[str, Any], conf
 
 def _ragged(plan: OpPlan, operands: list[Any], params: dict[str, Any], config: Any) -> jax.Array:
     del plan
-    return qt_ragged.ragged_dot_general_qt(operands, params, config, result_dtype(operands, params))
+    return qt_ragged.ragged_dot_of_any(operands, params, config, result_dtype(operands, params))
 
 
 _OPS = {"dot_general": _dot, "einsum": _dot, "conv_general_dilated": _convolution, "ragged_dot": _ragged}

@@ -1,8 +1,8 @@
-"""Ragged dots of any layout in training, as the one that core trains: rows in groups, [m, k] x [g, k, n].
+"""Ragged dots of any layout in training, as the ones that core trains: rows in groups, without batch axes.
 
-Axes are brought into that order before the op and back after it, so gradients take the same way. Batches
-become more groups; rows of a batch that are in none of its groups become one more, of a matrix of zeros.
-Where the ragged axis is itself a batch axis, the op is a dot, of which a part doesn't count.
+Axes are brought into order before the op and back after it, so gradients take the same way. Batches become
+more groups; rows of a batch that are in none of its groups become one more, of a matrix of zeros. Where the
+ragged axis is itself a batch axis, the op is a dot, of which a part doesn't count.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qwix._src import ragged_rows
 from qwix._src.core.dot_general_qt import dot_general_qt
 from qwix._src.core.qt_config import QtConfig
 from qwix._src.core.ragged_dot import BASIC_DIMENSION_NUMBERS
-from qwix._src.core.ragged_dot_qt import ragged_dot_qt
+from qwix._src.core.ragged_dot_qt import ragged_dot_general_qt
 
 
 def refusal(args: Sequence[Any], params: Mapping[str, Any], tile_size: Any) -> str | None:
@@ -45,7 +45,7 @@ def _free(ndim: int, *used: Sequence[int]) -> list[int]:
     return [a for a in range(ndim) if a not in taken]
 
 
-def ragged_dot_general_qt(
+def ragged_dot_of_any(
     operands: Sequence[Any], params: Mapping[str, Any], config: QtConfig, dtype: Any
 ) -> jax.Array:
     """`jax.lax.ragged_dot_general` that is quantized in training.
@@ -59,8 +59,6 @@ def ragged_dot_general_qt(
     numbers = params["ragged_dot_dimension_numbers"]
     lhs, rhs, sizes, *_ = operands
     options = {"precision": params["precision"], "preferred_element_type": dtype}
-    if numbers == BASIC_DIMENSION_NUMBERS:
-        return ragged_dot_qt(lhs, rhs, sizes, config, **options, group_offset=params["group_offset"])
     if numbers.lhs_ragged_dimensions[0] in numbers.dot_dimension_numbers[1][0]:
         return _of_batches(operands, params, config, options)
     return _of_rows(lhs, rhs, sizes, params, config, options)
@@ -92,32 +90,37 @@ def _of_rows(
     """The ragged axis is the first free one of lhs."""
     numbers = params["ragged_dot_dimension_numbers"]
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
-    (group,) = numbers.rhs_group_dimensions
-    lhs_free, rhs_free = _free(lhs.ndim, lhs_sum, lhs_batch), _free(rhs.ndim, rhs_sum, rhs_batch, [group])
+    group = numbers.rhs_group_dimensions
+    lhs_free, rhs_free = _free(lhs.ndim, lhs_sum, lhs_batch), _free(rhs.ndim, rhs_sum, rhs_batch, group)
     left = lambda x: _merged(x, [(*lhs_batch, *lhs_free), lhs_sum])
-    right = lambda x: _merged(x, [(*rhs_batch, group), rhs_sum, rhs_free])
-    shapes = (
-        [lhs.shape[a] for a in lhs_batch],
-        [lhs.shape[a] for a in lhs_free],
-        [rhs.shape[a] for a in rhs_free],
-    )
-    batch, (rows, *inner), columns = shapes
-    each = math.prod(inner)  # rows that one entry of the ragged axis is
-    groups, offset = rhs.shape[group], params["group_offset"]
-    matrices, sizes = right(rhs), sizes * each
-    if batch:
-        sizes = jnp.broadcast_to(sizes, (*batch, groups)).reshape(-1, groups)
-        rest = rows * each - sizes.sum(-1, keepdims=True)
-        sizes = jnp.concatenate([sizes, rest.astype(sizes.dtype)], axis=-1).reshape(-1)
-        matrices = matrices.reshape(-1, groups, *matrices.shape[1:])
-        matrices = jnp.pad(matrices, [(0, 0), (0, 1), (0, 0), (0, 0)]).reshape(-1, *matrices.shape[2:])
+    right = lambda x: _merged(x, [(*rhs_batch, *group), rhs_sum, rhs_free])
     config = dataclasses.replace(
         config,
         lhs_collect_quant_stat=_collected(config.lhs_collect_quant_stat, left),
         rhs_collect_quant_stat=_collected(config.rhs_collect_quant_stat, right),
     )
-    out = ragged_dot_qt(left(lhs), matrices, sizes, config, **options, group_offset=offset)
-    return out.reshape(*batch, rows, *inner, *columns)
+    batch = [lhs.shape[a] for a in lhs_batch]
+    rows = lhs.shape[lhs_free[0]]
+    if batch:
+        lhs = _merged(lhs, [(*lhs_batch, lhs_free[0]), *([a] for a in (*lhs_free[1:], *lhs_sum))])
+        rhs = _merged(rhs, [rhs_batch, *([a] for a in (*group, *rhs_sum, *rhs_free))])
+        rhs, sizes = _with_rest(rhs, jnp.broadcast_to(sizes, (*batch, sizes.shape[-1])), rows)
+        first = len(lhs_free)
+        sums = range(first, first + len(lhs_sum)), range(1, 1 + len(rhs_sum))
+        numbers = jax.lax.RaggedDotDimensionNumbers((sums, ((), ())), (0,), (0,))
+    offset = params["group_offset"]
+    out = ragged_dot_general_qt(lhs, rhs, sizes, numbers, config, **options, group_offset=offset)
+    return out.reshape(*batch, rows, *out.shape[1:])
+
+
+def _with_rest(rhs: jax.Array, sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Matrices `[batch, groups, ...]` and sizes `[..., groups]` with one group more for each batch, which the
+    rest of its rows are in; then one axis of both.
+    """
+    rest = rows - sizes.sum(-1, keepdims=True)
+    sizes = jnp.concatenate([sizes, rest.astype(sizes.dtype)], axis=-1).reshape(-1)
+    rhs = jnp.pad(rhs, [(0, 0), (0, 1)] + [(0, 0)] * (rhs.ndim - 2))
+    return rhs.reshape(-1, *rhs.shape[2:]), sizes
 
 
 def _merged(x: jax.Array, runs: Sequence[Sequence[int]]) -> jax.Array:

@@ -105,7 +105,7 @@ def in_nnx(scheme):
     return model, float_model(), float_model().router, weights, scales
 
 
-QUICK = [("w8a8", in_nnx), ("w4a16", in_nnx), ("nf4", in_nnx), ("fp8", in_nnx), ("w8a8_static", in_linen)]
+QUICK = [("w8a8", in_nnx), ("w8a8_static", in_linen)]
 OTHERS = [(s, f) for s in SCHEMES for f in (in_nnx, in_linen) if (s, f) not in QUICK]
 
 
@@ -132,7 +132,7 @@ def test_quantized_after_training(scheme, framework):
     assert 10 * np.log10(np.square(exact - X).sum() / np.square(got - exact).sum()) >= least
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a16", "nf4"])
+@pytest.mark.parametrize("scheme", ["w8a8", *(pytest.param(s, marks=LARGE) for s in ("w4a16", "nf4"))])
 def test_the_report_names_the_experts(scheme):
     report = qwix.report(in_nnx(scheme)[0], params=float_model())
     rows = {row.weight: row for row in report.rows}
@@ -145,6 +145,7 @@ def test_the_report_names_the_experts(scheme):
     assert rows["kernel"].reason == "no rule matches" and report.unused_rules == ()
 
 
+@LARGE
 def test_an_expert_that_nobody_chose_and_one_that_everybody_chose():
     """Groups of no row and of all rows, with tokens of all experts before."""
     model = in_nnx("w8a8")[0]
@@ -198,13 +199,9 @@ def test_training_falls_as_float_does():
     assert (abs(quantized - of_float) <= 0.02 * of_float[0]).all()
 
 
+@LARGE
 @pytest.mark.parametrize(
-    "fields",
-    [{}]
-    + [
-        pytest.param(f, marks=LARGE) for f in ({"bwd_qtype": None}, {"tile_size": 16, "weight_qtype": "int4"})
-    ],
-    ids=str,
+    "fields", [{}, {"bwd_qtype": None}, {"tile_size": 16, "weight_qtype": "int4"}], ids=str
 )
 def test_gradients_are_those_of_the_direct_ops(fields):
     rule = FULL | fields
@@ -234,6 +231,7 @@ def test_gradients_are_those_of_the_direct_ops(fields):
         assert (a == b).all() and (a != 0).any()
 
 
+@LARGE
 def test_linen_trains_and_is_quantized_afterwards():
     """Statistics of a few steps become the static scales of the model that is served."""
     rule = {"weight_qtype": "int8", "act_qtype": "int8", **STATIC}

@@ -17,6 +17,7 @@ from qwix._src.core import conv_general, qarray
 
 EPS = float(np.finfo(np.float32).eps)
 KEY = jax.random.key(0)
+LARGE = pytest.mark.large
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 
@@ -114,7 +115,10 @@ def leaves_equal(left, right):
     return jnp.array([(a == b).all() for a, b in pairs]).all()
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+QUICK = ("plain", "depthwise")
+
+
+@pytest.mark.parametrize("geometry", [g if g in QUICK else pytest.param(g, marks=LARGE) for g in GEOMETRIES])
 def test_the_model_does_what_the_op_does(geometry):
     """One program for all schemes of a geometry, which takes a tenth of the time to compile."""
     op, x_shape, w_shape, *_ = GEOMETRIES[geometry]
@@ -144,8 +148,10 @@ def test_the_model_does_what_the_op_does(geometry):
         assert record.is_quantized and record.act_qtype == SCHEMES[scheme].get("act_qtype"), scheme
 
 
-@pytest.mark.parametrize("method", ["absmax", "minmax"])
-@pytest.mark.parametrize("geometry", ["plain", "depthwise"])
+@pytest.mark.parametrize(
+    "geometry, method",
+    [("depthwise", "minmax"), *(pytest.param("plain", m, marks=LARGE) for m in ("absmax", "minmax"))],
+)
 def test_static_ranges(geometry, method):
     """One scale for all images: the mean over those of the sample; padding stands for exact zeros."""
     op, x_shape, w_shape, *_ = GEOMETRIES[geometry]
@@ -216,9 +222,8 @@ class LinenStack(nn.Module):
 X = normal(3, 2, 4, 4, 8)
 
 
-@pytest.mark.parametrize(
-    "scheme", ["w8a8", "w4a16 tiles", pytest.param("asymmetric", marks=pytest.mark.large)]
-)
+@LARGE
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16 tiles", "asymmetric"])
 def test_scanned_and_rematerialized_layers(scheme):
     """Each layer of a stack is quantized as it would be by itself; in jit, too."""
     rule = SCHEMES[scheme] | ({"tile_size": 2} if "tile_size" in SCHEMES[scheme] else {})
@@ -240,7 +245,7 @@ def test_scanned_and_rematerialized_layers(scheme):
     assert (stacked(X) != Stack()(X)).any()
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("static", [pytest.param(False, marks=LARGE), True])
 def test_linen(static):
     """init makes what quantize_params makes; scanned, rematerialized, with a scale for each layer."""
     rule = qwix.QuantizationRule(weight_qtype="int4", act_qtype="int8", act_static_scale=static, tile_size=2)
@@ -268,6 +273,7 @@ def test_linen(static):
     assert (out != exact).any()
 
 
+@LARGE
 def test_layers_of_flax_are_seen():
     """Transposed, depthwise and causal layers of both libraries, with weights alone."""
     rule = qwix.QuantizationRule(weight_qtype="int8")
@@ -287,6 +293,7 @@ def test_layers_of_flax_are_seen():
     assert linen.init(KEY, x)["params"]["kernel"].array.qvalue.dtype == jnp.int8
 
 
+@LARGE
 def test_op_names_and_prepacking():
     """A rule may name convolutions only; a kernel of a convolution isn't stored as a matrix."""
 
@@ -327,6 +334,7 @@ def test_a_kernel_that_is_no_weight_stays_float():
     }
 
 
+@LARGE
 @pytest.mark.parametrize(
     "provider",
     [

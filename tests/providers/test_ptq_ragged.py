@@ -16,6 +16,7 @@ from qwix._src.qt_rule import QtRule
 
 EPS = float(np.finfo(np.float32).eps)
 KEY = jax.random.key(0)
+LARGE = pytest.mark.large
 SIZES = jnp.array([5, 0, 3])
 
 
@@ -92,7 +93,10 @@ def leaves_equal(left, right):
     return jnp.array([(a == b).all() for a, b in pairs]).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("rows", "transposed")
+
+
+@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=LARGE) for k in KINDS])
 def test_the_model_does_what_the_op_does(kind):
     """One program for all schemes of a kind, which takes a tenth of the time to compile."""
     op, x_shape, w_shape, x_axes, w_axes, summed = KINDS[kind]
@@ -140,6 +144,7 @@ def test_the_model_does_what_the_op_does(kind):
         assert record.device_bytes_after < record.device_bytes_before / 2
 
 
+@LARGE
 def test_the_short_spelling_and_its_options():
     x, w = normal(0, 8, 16), normal(1, 3, 16, 8)
     rule = qwix.QuantizationRule(weight_qtype="int8", act_qtype="int8")
@@ -159,7 +164,7 @@ def test_the_short_spelling_and_its_options():
     assert model(x).dtype == jnp.float32 and (model(x) == expected).all()
 
 
-@pytest.mark.parametrize("method", ["absmax", "minmax"])
+@pytest.mark.parametrize("method", [pytest.param("absmax", marks=LARGE), "minmax"])
 def test_static_ranges_and_scales_for_all_channels_leave_out_rows_of_no_group(method):
     """Two of eight rows are in no group: nan there, which moves neither a scale nor a result."""
     sizes, w = jnp.array([4, 0, 2]), normal(1, 3, 16, 8)
@@ -216,6 +221,7 @@ class Unrolled(nnx.Module):
 X = normal(3, 8, 8)
 
 
+@LARGE
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a16 tiles"])
 def test_scanned_and_rematerialized_layers(scheme):
     rule = qwix.QuantizationRule(**SCHEMES[scheme])
@@ -262,7 +268,7 @@ class LinenStack(nn.Module):
         return body(name="layers")(x, None)[0]
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("static", [pytest.param(False, marks=LARGE), True])
 def test_linen(static):
     """init makes what quantize_params makes; scanned, rematerialized, with scales per layer and group."""
     rule = qwix.QuantizationRule(weight_qtype="int4", act_qtype="int8", act_static_scale=static, tile_size=4)
@@ -287,6 +293,7 @@ def test_linen(static):
     assert (out != exact).any()
 
 
+@LARGE
 def test_op_names_prepacking_and_products_of_activations():
     """A rule may name ragged dots only; experts aren't stored as one matrix; act_qtype is for activations."""
 

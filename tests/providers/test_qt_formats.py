@@ -141,8 +141,9 @@ TRAINED = {
 
 @pytest.mark.parametrize(
     "kind, rule",
-    [(kind, "int8") for kind in GENERAL]
-    + [("transposed weights", "static"), pytest.param("transposed weights", "tiles", marks=LARGE)],
+    [("transposed weights", "static"), ("batches", "int8")]
+    + [pytest.param(kind, "int8", marks=LARGE) for kind in GENERAL if kind != "batches"]
+    + [pytest.param("transposed weights", "tiles", marks=LARGE)],
 )
 def test_ragged_dots_of_other_layouts_are_trained_as_the_usual_one(kind, rule):
     op, x, w, usual = GENERAL[kind]
@@ -170,6 +171,7 @@ def test_ragged_dots_of_other_layouts_are_trained_as_the_usual_one(kind, rule):
         assert abs(ours - of_float).max() <= 0.4 * abs(of_float).max()
 
 
+@LARGE
 def test_a_ragged_batch_is_a_dot_of_which_a_part_counts():
     op = general(((2,), (1,)), ((0,), (0,)), (0,), (), jnp.array([2, 3]))
     x = jax.random.normal(jax.random.key(6), (8, 4, 16)).at[5:].set(jnp.nan)
