@@ -53,7 +53,7 @@ WEIGHTS = {"up_proj": (256, 640), "q_proj": (256, 256)}
         (op("jit(f)/jvp(Block)/_attention/jit(flash_attention)/pallas_call", is_kernel=True), "attention"),
         (op("jit(f)/jvp(Block)/Block._attention/q_proj/qwix_matmul_w8a8", is_kernel=True), "forward"),
         (
-            op("jit(f)/jvp(Block)/Block._mlp/up_proj/pallas_call", name="qwix_quantize_int8.1", is_kernel=True),
+            op("jit(f)/jvp(Block)/up_proj/pallas_call", name="qwix_quantize_int8.1", is_kernel=True),
             "quantize",
         ),
         (op("jit(f)/jvp(Block)/mlp_norm/mul"), "other"),
