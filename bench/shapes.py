@@ -6,6 +6,7 @@ Needs no jax. Tests, benchmarks and the tuner share this file.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 
@@ -178,7 +179,8 @@ class RaggedLayer:
         """
         each = self.rows // self.experts
         if self.sizes == "balanced":
-            return [each] * self.experts
+            ends = [self.rows * i // self.experts for i in range(self.experts + 1)]
+            return [end - start for start, end in itertools.pairwise(ends)]
         if self.sizes in ("empty", "half"):
             return [0 if i % 2 else each * (2 if self.sizes == "empty" else 1) for i in range(self.experts)]
         # Pairs that add up to twice the mean.
@@ -200,7 +202,6 @@ RAGGED: Mapping[str, tuple[RaggedLayer, ...]] = {
     ),
     "mixtral_8x7b": (
         RaggedLayer("gate_up", 8, 2048, 4096, 14336),
-        RaggedLayer("down", 8, 2048, 14336, 4096),
         RaggedLayer("gate_up decode", 8, 32, 4096, 14336),
     ),
     "deepseek_v2_lite_moe": (

@@ -7,6 +7,7 @@ import pytest
 from jax.lax import RaggedDotDimensionNumbers
 
 import qwix
+from qwix import ops
 from qwix._src.core import ragged_dot as ragged
 from qwix._src.core.ragged_dot import ragged_dot, ragged_dot_general
 from tests.core.conftest import magnitude, represented
@@ -49,7 +50,7 @@ FORMATS = [
 ]
 
 
-@pytest.mark.parametrize("channelwise", [(0, 2), ()], ids=str)
+@pytest.mark.parametrize("channelwise", [(0, 2), pytest.param((), marks=pytest.mark.large)], ids=str)
 @pytest.mark.parametrize("lhs, rhs", FORMATS, ids=str)
 def test_every_pair_of_formats(lhs, rhs, channelwise, normal):
     x, w = normal(0, 12, 32), normal(1, 3, 32, 8)
@@ -162,3 +163,67 @@ def test_results_have_the_dtype_asked_for(normal):
     assert ragged_dot(x, b, sizes).dtype == jnp.bfloat16
     assert ragged_dot(x, b, sizes, preferred_element_type=jnp.float32).dtype == jnp.float32
     np.testing.assert_array_equal(ragged_dot(x, w, sizes), jax.lax.ragged_dot(x, w, sizes))
+
+
+def _float_layer(x, gate, up, sizes, bias):
+    rows = np.asarray(ragged.group_of_rows(x.shape[0], sizes))
+    alive = (rows < len(sizes))[:, None]
+    each = np.asarray(bias)[np.minimum(rows, len(sizes) - 1)]
+    dot = lambda w: np.asarray(jax.lax.ragged_dot(x, w, sizes))
+    return np.where(alive, np.asarray(jax.nn.silu(dot(gate))) * (dot(up) + each), 0)
+
+
+def test_an_experts_first_half_in_one_call(normal):
+    x, bias, sizes = normal(19, 12, 32), normal(20, 3, 8), jnp.array([4, 0, 7])
+    gate, up = (_quantize(normal(i, 3, 32, 8), ("int8", None, "absmax"), (0, 2), 1) for i in (21, 22))
+    out = ops.qragged_dot(x, up, sizes, w_gate=gate, bias=bias)
+    want = _float_layer(x, gate.dequantize(), up.dequantize(), sizes, bias)
+    np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-4)
+    assert not np.asarray(out[11:]).any()
+    rows = ops.qragged_dot(x, up, sizes, w_gate=gate, bias=bias, act_qtype="int8")
+    size = np.abs(want).max()
+    assert np.abs(rows - want).max() < 0.05 * size  # a step of the rows' grid is 1/127 of their maximum
+
+
+def test_rows_that_are_quantized_on_the_way_are_those_quantized_before(normal):
+    x, sizes = normal(23, 12, 32), jnp.array([4, 0, 7])
+    w = _quantize(normal(24, 3, 32, 8), ("int8", 8, "absmax"), (0, 2), 1)
+    before = qwix.quantize(x, "int8", channelwise_axes=(0,))
+    out, want = ops.qragged_dot(x, w, sizes, act_qtype="int8"), ragged_dot(before, w, sizes)
+    # Either way a value may lie on the other side of a rounding boundary: one step of its row.
+    step = np.asarray(before.scale) * np.abs(np.asarray(w.dequantize())).sum((0, 1))[None].max()
+    assert (np.abs(np.asarray(out) - np.asarray(want)) <= step).all()
+
+
+def test_what_cannot_be_fused_or_named_is_said(normal):
+    x, w, sizes = normal(25, 12, 32), normal(26, 3, 32, 8), jnp.array([4, 4, 4])
+    with pytest.raises(NotImplementedError, match="neither operand is quantized"):
+        ops.qragged_dot(x, w, sizes, bias=jnp.ones(8))
+    b = _quantize(w, ("int8", None, "absmax"), (0, 2), 1)
+    with pytest.raises(ValueError, match="bias has shape"):
+        ops.qragged_dot(x, b, sizes, bias=jnp.ones(7))
+    with pytest.raises(TypeError, match="Unknown keyword biass"):
+        ops.qragged_dot(x, b, sizes, biass=jnp.ones(8))
+    with pytest.raises(ValueError, match="Nothing is fused"):
+        numbers = RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+        ops.qragged_dot_general(b.qvalue[0], b.qvalue[1], jnp.array([30]), numbers, bias=jnp.ones(8))
+    with pytest.raises(NotImplementedError, match="runs on tpu"):
+        ops.qragged_dot(x, b, sizes, implementation="mosaic_tpu")
+
+
+def test_explain_knows_ragged_dots(normal):
+    x = jax.ShapeDtypeStruct((4096, 2048), jnp.bfloat16)
+    w = qwix.QArray(
+        jax.ShapeDtypeStruct((8, 2048, 1408), jnp.int8), jax.ShapeDtypeStruct((8, 1, 1408), jnp.bfloat16)
+    )
+    plan = ops.explain("ragged_dot", x, w, act_qtype="int8", chip="v6e")
+    assert plan.chosen == "mosaic_tpu" and plan.problem.scheme == "gmm_w8a8"
+    assert ops.explain("ragged_dot", x, w, w_gate=w, chip="cpu").problem.product.fused == "gate silu"
+    numbers = RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+    g = jax.ShapeDtypeStruct((4096, 1408), jnp.int8)
+    assert (
+        ops.explain("ragged_dot", g, g, dimension_numbers=numbers, chip="v5e").problem.scheme
+        == "tgmm_int8_int8"
+    )
+    with pytest.raises(ValueError, match="No quantized kernel"):
+        ops.explain("ragged_dot", x, jax.ShapeDtypeStruct((8, 2048, 64), jnp.bfloat16))

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.lax import RaggedDotDimensionNumbers
 
 import qwix
 from qwix._src.core import qarray, stochastic_rounding
 from qwix._src.core.calibration import HowToQuantize
-from qwix._src.core.ragged_dot_qt import RaggedDotQtConfig, ragged_dot_qt
+from qwix._src.core.ragged_dot_qt import RaggedDotQtConfig, ragged_dot_general_qt, ragged_dot_qt
 
 W8A8 = {"lhs_qtype": "int8", "rhs_qtype": "int8"}
 INT8 = W8A8 | {"dlhs_grad_qtype": "int8", "drhs_grad_qtype": "int8"}
@@ -47,7 +48,12 @@ def test_integers_are_exact(sizes, exact_training):
         np.testing.assert_array_equal(ours, reference)
 
 
-@pytest.mark.parametrize("grad", [None, "int8", "float8_e5m2"])
+LARGE = pytest.mark.large
+
+
+@pytest.mark.parametrize(
+    "grad", [pytest.param(None, marks=LARGE), "int8", pytest.param("float8_e5m2", marks=LARGE)]
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -112,6 +118,7 @@ def test_groups_that_live_elsewhere(case):
     close(jnp.concatenate([parts[0][2], parts[1][2]]), whole[2])
 
 
+@pytest.mark.large
 def test_every_field_matters(case):
     x, w, g = case
     noise = stochastic_rounding.get_noise_fn("uniform", jax.random.key(0), (0, 1))
@@ -131,8 +138,33 @@ def test_every_field_matters(case):
         result = _vjp(RaggedDotQtConfig(**INT8 | options), x, w, g)
         for i in changed:
             assert (np.asarray(result[i]) != np.asarray(base[i])).any(), (options, i)
+
+
+def test_wrong_fields_are_refused():
     with pytest.raises(ValueError, match="Unsupported calibration"):
         RaggedDotQtConfig(lhs_calibration_method="bogus")
+
+
+def test_other_axes_are_trained_as_the_basic_ones(case):
+    """lhs [K, M, 2] and rhs [K, N, G]: what is before the ragged axis is contracted, the groups come last."""
+    x, w, g = case
+    numbers = RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (1,), (2,))
+    config = RaggedDotQtConfig(**INT8)
+
+    def other(x, w, sizes, config, group_offset):
+        turned = jnp.stack([x, x], 1).transpose(2, 0, 1), w.transpose(1, 2, 0)
+        out = ragged_dot_general_qt(*turned, sizes, numbers, config, group_offset=group_offset)
+        return out[:, 0] + out[:, 1]
+
+    ours, basic = _vjp(config, x, w, g, f=other), _vjp(config, x, w, g)
+    np.testing.assert_allclose(ours[0], 2 * basic[0], rtol=1e-6, atol=1e-6)
+    for mine, theirs in zip(ours[1:], basic[1:], strict=True):
+        np.testing.assert_allclose(mine, 2 * theirs, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match="ragged contracting axis"):
+        ragged_dot_general_qt(x, g, jnp.array(SIZES), _CONTRACTING, config)
+
+
+_CONTRACTING = RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
 
 
 def test_only_quantized_operands_are_kept(case):

@@ -16,7 +16,7 @@ from qwix_kernels.dispatch import Estimate
 from qwix_kernels.matmul import cost as matmul_cost
 from qwix_kernels.matmul import tpu_estimate as matmul_estimate
 from qwix_kernels.matmul.tpu_config import LANES, pl_cdiv
-from qwix_kernels.matmul.tpu_plan import Plan, k_tile
+from qwix_kernels.matmul.tpu_plan import SUB_M, Plan, k_tile
 from qwix_kernels.ragged_matmul import cost
 from qwix_kernels.ragged_matmul.problem import GmmProblem
 from qwix_kernels.ragged_matmul.tpu_plan import Config, GmmPlan, resolve
@@ -25,6 +25,9 @@ from qwix_kernels.ragged_matmul.tpu_plan import Config, GmmPlan, resolve
 _MOST_VISITS = 16384
 _MERGE = 2.5  # vector operations per 1024 results, to leave the rows of others alone
 _VISITS_US = 0.5  # to find the visits
+# What more of would take minutes to compile: columns of a block, and results of a part.
+_MOST_COLUMNS = 2048
+_MOST_SUMS = {"once": 1 << 20, "before": 1 << 20, "after": 1 << 17}
 _PART_CYCLES = 300  # of a part, whatever its size: the first dots wait for rows, the last stores for dots
 
 
@@ -148,10 +151,10 @@ def _candidates(problem: GmmProblem, chip: Chip, whole_k: bool) -> Iterator[Conf
     depths = [p.k] if whole_k else matmul_estimate.k_parts(p.k, math.lcm(LANES, *tiles))
     for strategy in ("after", "before") if tiles else ("once",):
         for bm, part in _row_blocks(p.m, cost.touched(problem)):
-            if strategy != "after" or part <= 128:
-                for bn in _column_blocks(p.n, chip):
-                    if strategy == "after" and bn > 512 and part > 64 and p.n > 512:
-                        continue
+            if strategy == "after" and part > SUB_M:
+                continue
+            for bn in _column_blocks(p.n, chip):
+                if bn <= LANES or part * bn <= _MOST_SUMS[strategy]:
                     for bk in depths:
                         yield Config(bm, bn, bk, strategy, part)
 
@@ -172,4 +175,4 @@ def _column_blocks(n: int, chip: Chip) -> list[int]:
     """All columns or an even share of them, in whole registers."""
     least = 2 if chip.name == "v5p" and n >= 2 * LANES else 1
     shares = {pl_cdiv(n, parts * LANES) * LANES for parts in range(least, least + 8)} | {256, 512, 1024, 2048}
-    return sorted({w if w < n else n for w in shares})
+    return sorted({w if w < n else n for w in shares if w <= _MOST_COLUMNS})

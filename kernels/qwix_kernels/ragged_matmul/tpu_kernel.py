@@ -13,6 +13,28 @@ rows and of weights, the dots, the epilogue. What is the groups' own is when:
 
 Rows past the operands, and those of no group, hold whatever is there: they reach only rows that are not
 stored.
+
+The ladder: static kilocycles, and what binds. Canonical is 4096 x 2048 x 1408 in 8 groups of 512 rows, where
+google/qwix takes 405 (v5e) and 194 (v6e) in w8a8, 276 and 171 in w8a16. `python -m bench.price --suite
+ragged` gives the last figure of a line. "512/128" are tiles of 512 rows, 128 of them multiplied at a time.
+
+  w8a8        v6e  canonical, HBM needs 55: 67 in 256/128 (each part waits for its first dot and its last
+                   store, some 300 cycles) -> 58 in 256/256, 512/256 and 512/512, HBM
+  w8a8        v5e  canonical, HBM needs 94: 119 in 256/64 -> 113 in 512/512, the matrix units need 90
+  w8a8        v7x  canonical, the matrix units need 45 (49, as 1408 columns take 1536): 70. Rows are prepared
+                   in front of the dots, which wait; between them (see matmul/tpu_kernel.py) takes a second
+                   body, of straight-line code for tiles of one group, that is not built
+  w4a16_g128  v6e  canonical, peak 45: 99 after, 512/128 -> 70 before, 512/128 -> 65 in 512/256 -> 63 in
+                   512/512; 67 in 256/256. Weights are dequantized once for all tiles of their group
+  w4a16_g128  v5e  canonical, peak 180: 194 after, 256/64; 204 before, 512/512, which the estimate prefers
+  w4a16_g128  v6e  64 groups of 96 rows, HBM needs 147: 274 in 512/128, where half of the rows that are
+                   multiplied are not the group's -> 203 in 96/96. The vector unit then has 2.9M weights of
+                   each group to dequantize for 96 rows; v7x, with HBM at 82, takes 176 for the same reason
+  w8a8        v6e  2048 x 4096 x 14336 in 8 groups: 589, HBM 582, in all blocks of columns. Rejected: rows
+                   outside and columns inside, as in the matmul: a group that starts within a tile fetches
+                   its weights twice, and the tile's result cannot be completed once other columns were
+                   stored
+  visits           see tpu_visits.py: 13 us as XLA ops -> 0.3
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ tile follow each other, and so do those of one matrix. Tiles in which no group w
 visited too (their rows become zero), or with `per_matrix` instead every matrix is, even without rows.
 
 One Pallas kernel without vectors: some cycles for each group and each visit. The ladder, for 8 groups and 16
-tiles on v6e: 13 us as eleven XLA ops, of cumulative sums and comparisons [visits, groups] -> 1.9 us.
+tiles on v6e: 13 us as eleven XLA ops, of cumulative sums and comparisons [visits, groups] -> 0.3 us.
 """
 
 from __future__ import annotations
