@@ -287,7 +287,9 @@ def test_layers_of_flax_are_seen():
         model = qwix.quantize_model(layer, rule, x)
         plain = nnx.clone(layer)
         plain.kernel[...] = qwix.dequantize(model.kernel.unboxed)
-        assert (model(x) == plain(x)).all(), name
+        # Sums of at most 24 products, in any order.
+        bound = 2 * 24 * EPS * 24 * abs(x).max() * abs(plain.kernel[...]).max()
+        assert (abs(model(x) - plain(x)) <= bound).all() and (model(x) != layer(x)).any(), name
         assert model.kernel.array.scale.shape == (1, 1, layer.kernel.shape[-1]), name
     linen = qwix.quantize_model(nn.ConvTranspose(6, (3,), strides=(2,)), rule)
     assert linen.init(KEY, x)["params"]["kernel"].array.qvalue.dtype == jnp.int8
