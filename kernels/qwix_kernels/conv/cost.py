@@ -19,7 +19,7 @@ _LANES = 128
 # 256 on v5e, v6e and v7x, where they agree within a third: its convolutions against the peak of the bfloat16
 # unit, over whole registers of features; copies into the layouts that it likes, as times the images and the
 # result could be moved; a maximum over images and their quantization, as times they could be read; cycles
-# for 1024 results of a depthwise convolution.
+# for 1024 results of a depthwise convolution; and what any program takes.
 _FLOATS = 1.15
 _INTEGERS = {"v5e": 2.1, "v5p": 2.1, "v6e": 4.9, "v7x": 1.7}
 _COPIES = 1.5
