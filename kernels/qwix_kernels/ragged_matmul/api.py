@@ -89,8 +89,8 @@ def gmm(
     left = jax.tree.map(lambda x: jnp.asarray(x)[None], as_tensor(lhs))
     right, more = jax.tree.map(jnp.asarray, (as_tensor(rhs), extras or Extras()))
     more = jax.tree.map(lambda x: x[None, None] if x.ndim == 1 else x, more)
-    left, right, more, groups = vary_alike((left, right, more, groups))
-    return _gmm(problem, how, left, right, more, groups)
+    operands: Any = left, right, more, groups
+    return _gmm(problem, how, *vary_alike(operands))
 
 
 def tgmm(
@@ -132,7 +132,8 @@ def tgmm(
     how = _how(problem, implementation, config)
     groups = local_groups(jnp.asarray(group_sizes), group_offset, problem.matrices)
     left, right = (jax.tree.map(lambda a: jnp.asarray(a)[None], as_tensor(x)) for x in (lhs, g))
-    return _tgmm(problem, how, *vary_alike((left, right, groups)))
+    operands: Any = left, right, groups
+    return _tgmm(problem, how, *vary_alike(operands))
 
 
 def _how(problem: GmmProblem | TgmmProblem, implementation: Any, config: Any) -> How:

@@ -106,7 +106,9 @@ def _turned(problem: GmmProblem, how: How, dz: jax.Array, w: Tensor, dtype: str)
     """What gmm(dz, w^T) is called with."""
     p = problem.product
     left = Operand(dz.dtype.name, 1, p.m)
-    tiles = {"tile_free": p.rhs.tile_k, "tile_k": p.rhs.tile_free} if p.rhs.is_quantized else {}
+    tiles: dict[str, Any] = (
+        {"tile_free": p.rhs.tile_k, "tile_k": p.rhs.tile_free} if p.rhs.is_quantized else {}
+    )
     right = dataclasses.replace(p.rhs, free=p.k, **tiles)
     product = MatmulProblem(
         p.m, p.n, p.k, left, right, dtype, rhs_transposed=not p.rhs_transposed, precision=p.precision

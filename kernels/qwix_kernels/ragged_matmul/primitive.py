@@ -87,7 +87,9 @@ def _of_nothing(problem: GmmProblem, extras: Extras, groups: Groups) -> jax.Arra
 @functools.lru_cache(maxsize=4096)
 def _structure(problem: Problem) -> Any:
     """The tree of the operands: which arrays a problem has."""
-    some = lambda there, x=0: x if there else None
+
+    def some(there: Any, x: Any = 0) -> Any:
+        return x if there else None
 
     def tensor(x: Operand) -> Tensor:
         return Tensor(some(True), some(x.is_quantized), some(x.zero_point), x.codebook)
@@ -263,7 +265,8 @@ def _tgmm_batch_rule(args, axes, *, problem: TgmmProblem, how: How):
         lhs=wide(problem.lhs),
         g=wide(problem.g),
     )
-    out = bind_tgmm(big, how, *folded, groups)
+    left, right = folded
+    out = bind_tgmm(big, how, left, right, groups)
     return out.reshape(size, problem.matrices, problem.k, problem.n), 0
 
 

@@ -120,6 +120,7 @@ def ragged_dot_general(
         what = f"{implementation!r}" if implementation is not None else ", ".join(fused)
         raise NotImplementedError(f"{what} needs a grouped matmul, which this ragged dot is not: {reason}.")
     if act_how is not None:
+        assert not isinstance(lhs, QArray)  # checked
         lhs = qarray.quantize(lhs, act_how)
     if ragged.mode == "batch":
         out = dot_lib.dot_general(lhs, rhs, ragged.numbers, precision, dtype)

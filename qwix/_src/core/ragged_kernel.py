@@ -123,7 +123,7 @@ def free_call(
     plan = dot_plan.Plan("kernel", "", None, layout_l, layout_r, jnp.dtype(dtype))
     static = {name: fused.get(name) for name in ("act_scale", "act_scale_dtype")}
     rows = None if act_how is None else fused_dot.rows_of(static, act_how, plan)  # type: ignore[arg-type]
-    if act_how is not None and rows is None:
+    if act_how is not None and rows is None and not isinstance(lhs, QArray):
         lhs = qarray.quantize(lhs, act_how)
     left, right = _dot._tensor(lhs, layout_l, "lhs"), _dot._tensor(rhs, layout_r, "rhs")
     batch = tuple(lhs.shape[a] for a in ragged.numbers[1][0])
@@ -198,16 +198,17 @@ def contracting_call(
     lhs: Operand, rhs: Operand, sizes: jax.Array, ragged: Ragged, precision: Any, dtype: Any
 ) -> tuple[Call, tuple[int, ...]]:
     """The tgmm, and the shape of one group's result without batch axes."""
-    tensors, columns = [], []
+    tensors, columns, layouts = [], [], []
     for side, (x, axis) in enumerate(((lhs, ragged.axis), (rhs, ragged.rhs_axis))):
         others = tuple(ragged.free_axes(side))
-        layout = Layout(tuple(x.shape), tuple(ragged.numbers[1][side]), (axis,), others, True)
-        tensors.append(_dot._tensor(x, layout, "lhs"))
+        layouts.append(Layout(tuple(x.shape), tuple(ragged.numbers[1][side]), (axis,), others, True))
+        tensors.append(_dot._tensor(x, layouts[-1], "lhs"))
         columns += [x.shape[a] for a in others]
     batch = tuple(lhs.shape[a] for a in ragged.numbers[1][0])
     count = math.prod(batch)
-    plan = dot_plan.Plan("kernel", "", None, layout, layout, jnp.dtype(dtype))
-    options = {"out_dtype": _dot._kernel_dtype(*tensors, plan), "precision": precision}
+    first, second = tensors
+    plan = dot_plan.Plan("kernel", "", None, layouts[0], layouts[1], jnp.dtype(dtype))
+    options = {"out_dtype": _dot._kernel_dtype(first, second, plan), "precision": precision}
     left, right = (jax.tree.map(lambda a: _repeated(a, 0, count), x) for x in tensors)
     sizes = jnp.broadcast_to(sizes, (*batch, sizes.shape[-1])).reshape(count, -1)
     return Call(left, right, sizes, Extras(), options, batch), tuple(columns)
