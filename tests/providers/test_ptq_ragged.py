@@ -2,6 +2,8 @@
 for bit, in NNX and Linen, also inside jit, scan, remat and vmap; rows of no group change nothing.
 """
 
+import doctest
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from flax import nnx
 from jax import lax
 
 import qwix
+from qwix._src import ragged_rows
 from qwix._src.core import qarray, ragged_dot
 from qwix._src.qt_rule import QtRule
 
@@ -328,3 +331,7 @@ def test_a_tile_that_does_not_divide_the_sum_names_the_weight():
     rule = qwix.QuantizationRule(weight_qtype="int8", tile_size=3)
     with pytest.raises(ValueError, match=r"The weight 'w' of shape \(3, 16, 8\) can't be quantized"):
         qwix.quantize_model(Op(op, normal(0, *w_shape)), rule, normal(1, *x_shape))
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(ragged_rows).failed == 0
