@@ -60,8 +60,14 @@ LARGE = pytest.mark.large
         {"rhs_qtype": "int8"},
         {"rhs_qtype": "nf4", "tile_size": 8},
         W8A8 | {"tile_size": 16},
-        W8A8 | {"lhs_disable_channelwise_axes": True, "rhs_disable_channelwise_axes": True},
-        W8A8 | {"lhs_calibration_method": "minmax", "rhs_calibration_method": "minmax"},
+        pytest.param(
+            W8A8 | {"lhs_disable_channelwise_axes": True, "rhs_disable_channelwise_axes": True},
+            marks=pytest.mark.large,
+        ),
+        pytest.param(
+            W8A8 | {"lhs_calibration_method": "minmax", "rhs_calibration_method": "minmax"},
+            marks=pytest.mark.large,
+        ),
         W8A8 | {"lhs_calibration_method": "rms,6", "disable_gradient_clipping": True},
     ],
     ids=str,

@@ -183,7 +183,7 @@ def test_gradients_of_what_is_fused():
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("own_weights", [False, True])
+@pytest.mark.parametrize("own_weights", [False, pytest.param(True, marks=pytest.mark.large)])
 def test_vmap_makes_more_groups_and_no_loop(own_weights):
     rng = np.random.default_rng(7)
     x, w = stored(rng, "int8", (2, M, K)), stored(rng, "int8", (2, G, K, N))
