@@ -28,7 +28,7 @@ def operands(layer: ConvLayer, scheme: str) -> tuple[Any, Tensor]:
     """
     if scheme not in CONV_SCHEMES:
         raise ValueError(f"Unknown scheme {scheme!r} of a convolution; known: {', '.join(CONV_SCHEMES)}.")
-    struct = jax.ShapeDtypeStruct
+    struct: Any = jax.ShapeDtypeStruct
     x: Any = struct((layer.images, layer.size, layer.size, layer.features), jnp.bfloat16)
     if scheme.endswith("_static"):
         x = Tensor(struct(x.shape, jnp.int8), struct((1, 1, 1, 1), jnp.float32))

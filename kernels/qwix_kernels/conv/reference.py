@@ -91,7 +91,8 @@ def quantize(x: np.ndarray, how: RowQuantize, scale: Any = None) -> Tensor:
         found = np.asarray(stored.scale)
     else:
         found = np.broadcast_to(np.asarray(scale, np.float32).reshape(-1, features // tile), rows.shape[:2])
-        given: Any = matmul_reference.Extras(lhs_scale=found.reshape(1, -1, 1))
+        scales: Any = found.reshape(1, -1, 1)
+        given = matmul_reference.Extras(lhs_scale=scales)
         stored = matmul_reference.quantize_rows(rows.reshape(1, -1, rows.shape[2]), _whole(how), given)
     values = np.asarray(stored.values).reshape(n, features // tile, -1, tile)
     back: Any = np.moveaxis(values, 1, 2).reshape(x.shape), found.reshape(n, *(1,) * (x.ndim - 2), -1)

@@ -198,7 +198,7 @@ def _stage(plan: Plan, r: dict[str, Any], scale: jax.Array | None) -> None:
     def _(row):
         for group, lanes in enumerate(plan.lanes):
             v = values.widen(r["lhs"][0, row, :, lanes], None)
-            if inverse is not None:
+            if inverse is not None and p.quantize_lhs is not None:
                 v = values.quantize(v * inverse, p.quantize_lhs).astype(jnp.float32)
             if plan.pitch > w.size:
                 column = lax.broadcasted_iota(jnp.int32, v.shape, 0)

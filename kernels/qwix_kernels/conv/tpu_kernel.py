@@ -107,21 +107,22 @@ def flat_name(phase: tuple[int, int]) -> str:
 def _scale(plan: Plan, r: Refs, image: int) -> jax.Array | None:
     """1 / scale of an image, [1, 1], where it is quantized here; the scale is kept for the sums."""
     scale = None
-    if plan.finds_scale:
+    how = plan.problem.quantize_lhs
+    if how is not None and plan.finds_scale:
         h, w = plan.windows
         packed = plan.bf16_math and r["lhs"].dtype == jnp.bfloat16
         top = tpu_epilogue.absmax(r["lhs"], image, h.size, w.size, packed=packed)
-        scale = row_scale(top, plan.problem.quantize_lhs)
+        scale = row_scale(top, how)
         r["found"][image, :, :] = jnp.broadcast_to(scale, r["found"].shape[1:])
     elif "lhs_scale" in r:
         scale = r["lhs_scale"][image, :1, :1]
     if scale is not None and plan.images > 1:
         rows = pl.ds(image * plan.rows * plan.pitch, plan.rows * plan.pitch)
         r["row_scale"][rows, :] = jnp.broadcast_to(scale, (plan.rows * plan.pitch, LANES))
-    if not plan.quantizes:
+    if how is None:
         return None
-    assert scale is not None and plan.problem.quantize_lhs is not None
-    return values.inverse(scale, plan.problem.quantize_lhs)
+    assert scale is not None
+    return values.inverse(scale, how)
 
 
 def _stage_phase(plan: Plan, r: Refs, image: int, phase: tuple[int, int], inverse: jax.Array | None) -> None:
@@ -177,7 +178,7 @@ def _rows(
             line = r["line"][i, pl.ds(phase[1], plan.pitch, stride=w.stride), : lanes.stop - lanes.start]
             lines.append(line)
         v = lines[0] if len(lines) == 1 else jnp.concatenate(lines, axis=0)
-    if q is not None:
+    if q is not None and inverse is not None:
         v = values.quantize(v * inverse, q)
     return v
 
@@ -249,7 +250,7 @@ def mask_array(plan: Plan) -> np.ndarray | None:
         read = (place + skew) % plan.pitch + column
         keep = (read >= 0) & (read < width)
         full = np.where(keep, (1 << bits) - 1, 0).astype(np.uint64).reshape(-1, 32 // bits)
-        words = sum(full[:, i] << np.uint64(bits * i) for i in range(32 // bits))
+        words = np.bitwise_or.reduce([full[:, i] << np.uint64(bits * i) for i in range(32 // bits)])
         found.append(np.repeat(words.astype(np.uint32).view(np.int32)[:, None], LANES, axis=1))
     return np.stack(found) if found else None
 

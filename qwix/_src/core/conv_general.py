@@ -115,7 +115,8 @@ def conv_general_dilated(
     spec = geometry.numbers.out_spec
     if not isinstance(out, Tensor):
         return conv_layout.from_canonical(out, spec).astype(call.result)
-    values, scale = (conv_layout.from_canonical(x, spec) for x in (out.values, out.scale))
+    found: tuple[Any, Any] = (out.values, out.scale)
+    values, scale = (conv_layout.from_canonical(x, spec) for x in found)
     return QArray(values, scale.astype(jnp.float32))
 
 
@@ -148,7 +149,9 @@ def conv_problem(
         )  # fmt: skip
         options: Any = {**(fused or {}), **arrays}
         call = _call(lhs, rhs, geometry, precision, preferred_element_type, act_how, options)
-        found.append(call and conv_kernel.problem_of(call.lhs, call.rhs, call.extras, **call.options))
+        found.append(
+            None if call is None else conv_kernel.problem_of(call.lhs, call.rhs, call.extras, **call.options)
+        )
 
     arrays = {name: x for name, x in (fused or {}).items() if hasattr(x, "shape")}
     jax.eval_shape(describe, lhs, rhs, arrays)
@@ -313,9 +316,10 @@ def _image_quantize(how: HowToQuantize, lhs: Any, geometry: _Geometry) -> RowQua
     tiles = {a % lhs.ndim: tile for a, tile in how.tiled_axes.items()}
     plain = calibration.parse_method(how.calibration_method) in (("absmax", ()), ("absmax", (1.0,)))
     dtype = numerics.canonical_qtype(how.qtype)
-    fits = not isinstance(dtype, str) and (
-        dtype.name in ("int8", "int4") or (dtype.name.startswith("float8_e") and dtype != jnp.float8_e8m0fnu)
-    )
+    if isinstance(dtype, str):
+        return None
+    narrow = dtype.name.startswith("float8_e") and dtype != jnp.float8_e8m0fnu
+    fits = dtype.name in ("int8", "int4") or narrow
     if axes != [image] or set(tiles) - {feature} or not plain or not fits or how.noise_fn is not None:
         return None
     size = lhs.shape[feature]
