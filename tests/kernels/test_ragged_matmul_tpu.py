@@ -86,9 +86,9 @@ def test_rows_are_quantized_once_for_all_columns():
     ("weight", "tile", "strategy", "chip", "act"),
     [
         ("int4", 128, "after", "v6e", None),
-        ("int4", 128, "before", "v7x", None),
+        pytest.param("int4", 128, "before", "v7x", None, marks=pytest.mark.large),
         ("nf4", 64, "before", "v5e", None),
-        ("float8_e4m3fn", 128, "after", "v7x", ("float8_e4m3fn", 128)),
+        pytest.param("float8_e4m3fn", 128, "after", "v7x", ("float8_e4m3fn", 128), marks=pytest.mark.large),
     ],
 )
 def test_weights_with_tiles(weight, tile, strategy, chip, act):
@@ -117,7 +117,8 @@ def test_a_gate_and_a_bias_of_each_group():
 
 @pytest.mark.parametrize(
     ("lhs", "g", "out", "chip"),
-    [("int8", "int8", "int32", "v6e"), ("int8", "bfloat16", "float32", "v5e"),
+    [("int8", "int8", "int32", "v6e"),
+     pytest.param("int8", "bfloat16", "float32", "v5e", marks=pytest.mark.large),
      ("float8_e4m3fn", "float8_e5m2", "bfloat16", "v7x")],
 )  # fmt: skip
 def test_products_of_groups(lhs, g, out, chip):
