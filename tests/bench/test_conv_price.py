@@ -9,7 +9,7 @@ import jax
 import pytest
 from qwix_kernels import dispatch
 
-from bench import conv, conv_price, conv_problems, misses, shapes
+from bench import conv_price, conv_problems, conv_rows, misses, shapes
 
 LAYER = shapes.CONVOLUTIONS["canonical"][0]
 
@@ -87,19 +87,19 @@ def test_bad_requests_are_named():
         with pytest.raises(ValueError, match=r"Unknown (chip 'v9'|scheme 'w3a3')"):
             make()
     with pytest.raises(ValueError, match="Unknown layer 'x'"):
-        conv.layers_called(["x"])
+        conv_rows.layers_called(["x"])
 
 
 def test_the_plan_and_the_examples():
     text = conv_price.plan(conv_price.cells(["v5e"], ["w8a16"]))
     assert text.splitlines()[0] == "v5e w8a16 3x3 8x56x56x256 -> 256" and "1 cells" in text
-    for module in (conv, conv_price, conv_problems):
+    for module in (conv_rows, conv_price, conv_problems):
         assert doctest.testmod(module).failed == 0
 
 
 def test_cpu_ratios():
     layer = shapes.ConvLayer("small", 1, 6, 8, 8)
-    rows = list(conv.cpu_rows([layer], ["w8a8", "w8a16"], rounds=2))
+    rows = list(conv_rows.cpu_rows([layer], ["w8a8", "w8a16"], rounds=2))
     assert [r["scheme"] for r in rows] == ["w8a8", "w8a16"] and rows[0]["ratio_to_float32"]["median"] > 0
 
 

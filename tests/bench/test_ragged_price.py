@@ -5,11 +5,10 @@ import json
 import math
 
 import pytest
-from absl.testing import flagsaver
 from qwix_kernels import dispatch
 from qwix_kernels.chips import CHIPS
 
-from bench import bundles, ragged, ragged_price, ragged_problems, replay, shapes
+from bench import bundles, ragged_price, ragged_problems, ragged_rows, replay, shapes
 from bench.ragged_price import RaggedCell, Row
 from tests.bench.test_replay import TIMING, loop, program
 
@@ -119,10 +118,9 @@ def test_figures_are_printed_and_written(capsys):
 
 
 def test_the_programs_on_a_cpu():
-    assert not doctest.testmod(ragged).failed
-    layers = ragged.cpu_layers("16x32x32", ["2"])
-    with flagsaver.flagsaver():
-        found = list(ragged.cpu_rows(layers[:1], ["w8a8"], 2))
+    assert not doctest.testmod(ragged_rows).failed
+    layers = ragged_rows.cpu_layers("16x32x32", ["2"])
+    found = list(ragged_rows.cpu_rows(layers[:1], ["w8a8"], 2))
     assert found[0]["scheme"] == "w8a8" and found[0]["ratio_to_float32"]["median"] > 0
     with pytest.raises(ValueError, match="do not divide"):
-        ragged.cpu_layers("16x32x32", ["3"])
+        ragged_rows.cpu_layers("16x32x32", ["3"])
