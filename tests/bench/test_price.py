@@ -303,5 +303,5 @@ def test_the_plan_prices_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     count = len(suites.suite("matmul", ["v5e"]).cells)
     assert f"{count} cells, 0 of them priced before" in done.stdout and "minutes" in done.stdout
-    assert "left out: w8a8_g128 on 576 x 576" in done.stdout
+    assert "left out: w4a16_g128 on 576 x 576" in done.stdout
     assert not (tmp_path / "prices.jsonl").exists()
