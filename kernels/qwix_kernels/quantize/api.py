@@ -55,7 +55,7 @@ def quantize(
 
     >>> values, scale = quantize(jnp.array([[[1.0, -8.0], [2.0, 4.0]]]), "int8", 127.5, "columns")
     >>> values.tolist()
-    [[[64, -128], [127, 64]]]
+    [[[64, -127], [127, 64]]]
     """
     problem = problem_of(x, dtype, bound, scale_of)
     names = (implementation,) if isinstance(implementation, str) else implementation
