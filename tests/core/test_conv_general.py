@@ -139,3 +139,9 @@ def test_what_disagrees_is_named(options, said, normal):
         ops.qconv_general_dilated(
             normal(12, 2, 6, 6, 4), w, (1, 1), "SAME", dimension_numbers=NHWC, **options
         )
+
+
+def test_an_unknown_padding_is_named(normal):
+    x, w = normal(0, 1, 6, 6, 4), qwix.quantize(normal(1, 3, 3, 4, 8), "int8", channelwise_axes=(3,))
+    with pytest.raises(ValueError, match=r"SAME, SAME_LOWER, VALID, .* got 'SAMEE'"):
+        qwix.conv_general_dilated(x, w, (1, 1), "SAMEE", dimension_numbers=("NHWC", "HWIO", "NHWC"))

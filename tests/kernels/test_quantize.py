@@ -139,6 +139,20 @@ def test_a_kernel_that_is_named_must_run():
         quantize.quantize(jnp.ones((8, 16)), "int8", 127.5, "rows")
 
 
+@pytest.mark.parametrize(
+    ("x_dtype", "dtype", "bound", "said"),
+    [
+        ("int32", "int8", 127.5, "got int32; convert it first"),
+        ("float32", "int16", 32767.5, "got int16"),
+        ("float32", "int8", -1.0, "above 0, got -1.0"),
+        ("float32", "int8", float("nan"), "above 0, got nan"),
+    ],
+)
+def test_what_cannot_be_quantized_is_named(x_dtype, dtype, bound, said):
+    with pytest.raises(ValueError, match=said):
+        quantize.quantize(jnp.ones((1, 8, 16), x_dtype), dtype, bound, "rows")
+
+
 def test_transformations():
     x = array((3, 16, 32))
     want = quantize.quantize(x, "int8", 127.5, "columns")

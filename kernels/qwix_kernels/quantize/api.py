@@ -16,6 +16,9 @@ from qwix_kernels.lowering import How
 from qwix_kernels.quantize import xla
 from qwix_kernels.quantize.problem import Axis, QuantizeProblem
 
+X_DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("int8", "int4", "float8_e4m3fn", "float8_e5m2")
+
 
 def problem_of(x: Any, dtype: str, bound: float, scale_of: Axis) -> QuantizeProblem:
     """Describes `quantize` of the same arguments. `x` may be anything that has a shape and a dtype."""
@@ -23,6 +26,12 @@ def problem_of(x: Any, dtype: str, bound: float, scale_of: Axis) -> QuantizeProb
         raise ValueError(
             f"x is [batch, rows, columns] and scale_of 'rows' or 'columns', got {x.shape} and {scale_of!r}."
         )
+    if jnp.dtype(x.dtype).name not in X_DTYPES:
+        raise ValueError(f"x is {', '.join(X_DTYPES)}, got {x.dtype}; convert it first.")
+    if jnp.dtype(dtype).name not in DTYPES:
+        raise ValueError(f"dtype is {', '.join(DTYPES)}, got {dtype}.")
+    if not 0 < bound < float("inf"):
+        raise ValueError(f"bound is what the greatest magnitude maps to, above 0, got {bound}.")
     batch, rows, columns = x.shape
     names = jnp.dtype(x.dtype).name, jnp.dtype(dtype).name
     return QuantizeProblem(batch, rows, columns, *names, float(bound), scale_of)
@@ -40,7 +49,7 @@ def quantize(
 
     Args:
       x: [batch, rows, columns], bfloat16, float16 or float32.
-      dtype: of the values: int8, int4, or a float8.
+      dtype: of the values, one of `DTYPES`.
       bound: what the greatest magnitude maps to; 127.5 for int8, since rounding brings the half step back.
       scale_of: "columns" or "rows": what has a scale of its own.
       implementation: "mosaic_tpu", "xla" or names in order; None takes the best that runs and never fails.
@@ -50,7 +59,7 @@ def quantize(
       no derivative.
 
     Raises:
-      ValueError: x of another rank, or an unknown name.
+      ValueError: x of another rank or dtype, a bound or a dtype that is none, an unknown name.
       NotImplementedError: a named implementation cannot run this.
 
     >>> values, scale = quantize(jnp.array([[[1.0, -8.0], [2.0, 4.0]]]), "int8", 127.5, "columns")

@@ -18,6 +18,7 @@ from qwix._src.core import layout
 from qwix._src.core.quantized_array import QArray
 
 Pads = tuple[tuple[int, int], ...]
+PADDINGS = ("SAME", "SAME_LOWER", "VALID")
 
 
 def explicit_padding(
@@ -35,6 +36,8 @@ def explicit_padding(
     """
     if not isinstance(padding, str):
         return tuple((int(low), int(high)) for low, high in padding)
+    if padding.upper() not in PADDINGS:
+        raise ValueError(f"padding is {', '.join(PADDINGS)}, or (low, high) for each axis; got {padding!r}.")
     if tuple(lhs_dilation) != (1,) * len(lhs_dilation):
         raise ValueError(f"{padding=} with {lhs_dilation=}: give the pads of each axis, as (low, high).")
     kernel = [dilated(size, by) for size, by in zip(rhs, rhs_dilation, strict=True)]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from qwix_kernels import quantize as quantize_kernel
+from qwix_kernels.quantize import DTYPES
 
 from qwix._src.core import layout, numerics, qarray
 from qwix._src.core.calibration import HowToQuantize
@@ -35,7 +36,7 @@ def fits_one_pass(x: jax.Array, how: HowToQuantize) -> bool:
     """Whether `quantize_in_one_pass` takes it: a matrix with a scale by row or by column, to bytes."""
     plain = how.calibration_method == "absmax" and not how.tiled_axes and how.noise_fn is None
     is_matrix = x.ndim == 2 and len(how.channelwise_axes) == 1 and x.dtype in (jnp.bfloat16, jnp.float32)
-    return plain and is_matrix and not isinstance(how.qtype, str) and how.qtype.itemsize == 1
+    return plain and is_matrix and str(how.qtype) in DTYPES and not isinstance(how.qtype, str)
 
 
 def quantize_in_one_pass(x: jax.Array, how: HowToQuantize) -> QArray:
