@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwix._src import op_plan, op_trace, qconfig, weight_view
+from qwix._src import double_scale, op_plan, op_trace, qconfig, weight_view
 from qwix._src.core import conv_general, dot_general, qarray, ragged_kernel
 from qwix._src.dot_sides import swapped
 from qwix._src.op_plan import OpPlan
@@ -140,7 +140,7 @@ def make_record(
     float.
     """
     weight = None if plan.weight_side is None else args[plan.weight_side]
-    facts = {} if weight is None else _weight_facts(weight, None if trains else how)
+    facts = {} if weight is None else _weight_facts(weight, None if trains else how, plan.rule)
     quantized_act = next((h.qtype for h in plan.act_hows if h is not None), None)
     return OpRecord(
         path=plan.path,
@@ -160,12 +160,19 @@ def make_record(
     )
 
 
-def _weight_facts(weight: WeightTracer, how: qarray.HowToQuantize | None) -> dict[str, Any]:
+def _weight_facts(
+    weight: WeightTracer, how: qarray.HowToQuantize | None, rule: Any = None
+) -> dict[str, Any]:
     shape = weight.steps[0].old if weight.steps else tuple(weight.shape)
     dtype = weight.payload.dtype
     before = after = device_bytes(jax.ShapeDtypeStruct(shape, dtype))
     if how is not None:
-        after = device_bytes(op_plan.quantized_shape(shape, dtype, how))
+        quantized = op_plan.quantized_shape(shape, dtype, how)
+        after = device_bytes(quantized)
+        if getattr(rule, "double_quantize", False):
+            lead = double_scale.lead_axes(how, weight_view.lifted(weight.steps), weight.info.mapped)
+            doubled = double_scale.scale_bytes(quantized.scale.shape, quantized.scale.dtype, lead)
+            after += doubled - device_bytes(quantized.scale)
     return {
         "weight": weight.info.name,
         "weight_shape": shape,

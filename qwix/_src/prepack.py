@@ -18,6 +18,7 @@ import jax
 from flax import nnx
 from flax.core import meta
 
+from qwix._src import double_scale
 from qwix._src.core import qarray
 from qwix._src.core.transposed_qarray import TransposedQArray, make_layout
 
@@ -43,12 +44,19 @@ def prepack(array: qarray.QArray, how: qarray.HowToQuantize) -> Stored:
 
 
 def unpack(stored: Any) -> Any:
-    """The QArray of a prepacked weight, also of one without data; anything else as it is."""
-    if not isinstance(stored, TransposedQArray):
+    """The QArray of a weight that is prepacked, or whose scales are quantized, also of one without data;
+    anything else as it is.
+    """
+    if not isinstance(stored, qarray.QArray | TransposedQArray):
         return stored
     if isinstance(stored.qvalue, jax.ShapeDtypeStruct):
-        return jax.eval_shape(TransposedQArray.to_qarray, stored)
-    return stored.to_qarray()
+        return jax.eval_shape(_unpacked, stored)
+    return _unpacked(stored)
+
+
+def _unpacked(stored: Stored) -> qarray.QArray:
+    stored = double_scale.rebuilt(stored)
+    return stored.to_qarray() if isinstance(stored, TransposedQArray) else stored
 
 
 def is_partitioned(box: Any) -> bool:

@@ -45,6 +45,10 @@ class QuantizationRule:
       weight_calibration_method: see `HowToQuantize.calibration_method`.
       act_calibration_method: the same for activations; None means 'absmax'.
       act_batch_axes: axes over which static statistics are averaged.
+      double_quantize: store the scales of weights as int8, with a float32 scale for each 256 of them
+        (https://arxiv.org/abs/2305.14314): 4.127 bits per value of an nf4 weight with tiles of 64, not 4.5.
+        Computed with as scales of the usual dtype, off by up to 1/254 of their block's largest distance
+        from the mean. Weights of so few scales that it saves nothing keep them.
 
     Raises:
       ValueError: at construction, for anything that could never work.
@@ -64,6 +68,7 @@ class QuantizationRule:
     weight_calibration_method: str = "absmax"
     act_calibration_method: str | None = None
     act_batch_axes: Sequence[int] = (0,)
+    double_quantize: bool = False
 
     def __post_init__(self):
         _check_path(self.module_path)
@@ -79,6 +84,22 @@ class QuantizationRule:
         if isinstance(self.tile_size, Mapping):
             object.__setattr__(self, "tile_size", FrozenDict(self.tile_size))  # hashable
         check_tile_size(self.tile_size)
+        _check_double(self.double_quantize, self.weight_qtype)
+
+
+def _check_double(double_quantize: bool, weight_qtype: Any) -> None:
+    if not isinstance(double_quantize, bool):
+        raise TypeError(f"double_quantize must be True or False, got {double_quantize!r}.")
+    if double_quantize and weight_qtype is None:
+        raise ValueError(
+            "double_quantize=True quantizes the scales of weights, but weight_qtype is None. Set "
+            "weight_qtype, or leave double_quantize out."
+        )
+    if double_quantize and weight_qtype in numerics.BLOCK_FORMATS:
+        raise ValueError(
+            f"double_quantize=True can't be used with {weight_qtype!r}, whose scales are numbers of 8 bits "
+            "by the format's definition. Take 'nf4' or 'int4', or leave double_quantize out."
+        )
 
 
 def _check_path(pattern: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx, traverse_util
 from flax.core import FrozenDict
 
-from qwix._src import static_range
+from qwix._src import double_scale, static_range
 from qwix._src.core import layout, qarray
 from qwix._src.core.transposed_qarray import TransposedQArray
 from qwix._src.utils import flax_util
@@ -127,8 +127,10 @@ def _convert(path: Path, value: Any, template: Any, qarray_module: Any) -> Any:
     quantized = qarray_module.quantize(jax.numpy.asarray(value).reshape(shape), template.how)
     if isinstance(packed, TransposedQArray):
         quantized = with_scale_shape(quantized, packed.scale_shape)
-        return template.replace(array=TransposedQArray.of(quantized, packed.layout, packed.side))
-    return template.replace(array=with_scale_shape(quantized, packed.scale.shape))
+        stored: Any = TransposedQArray.of(quantized, packed.layout, packed.side)
+    else:
+        stored = with_scale_shape(quantized, packed.scale.shape)
+    return template.replace(array=double_scale.double_like(stored, packed))
 
 
 def with_scale_shape(quantized: qarray.QArray, shape: Sequence[int]) -> qarray.QArray:
@@ -170,7 +172,11 @@ def _pure(value: Any) -> Iterator[tuple[Path, Any]]:
         yield (), value
     elif isinstance(value.array, qarray.QArray | TransposedQArray):
         for name in ("qvalue", "scale", "zero_point"):
-            if (child := getattr(value.array, name)) is not None:
+            child = getattr(value.array, name)
+            if isinstance(child, double_scale.DoubleScale):
+                for part in ("codes", "step", "mean"):
+                    yield ("array", name, part), getattr(child, part)
+            elif child is not None:
                 yield ("array", name), child
     else:
         yield ("array",), value.array

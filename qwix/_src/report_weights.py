@@ -20,7 +20,8 @@ from qwix._src.core import numerics, qarray
 from qwix._src.report_records import OpRecord, device_bytes, sqnr_db
 from qwix._src.utils import flax_util
 
-Weights = dict[str, Any]  # "layers/0/mlp/up/kernel" -> an array or a QArray, without boxes
+# "layers/0/mlp/up/kernel" -> an array, or a quantized weight as it is stored; without boxes
+Weights = dict[str, Any]
 
 
 def weights_of(tree: Any) -> Weights:
@@ -62,7 +63,7 @@ def _is_with_aux(value: Any) -> bool:
 
 
 def _payload(value: Any) -> Any:
-    return prepack.unpack(flax_util.unbox(value.array if _is_with_aux(value) else value))
+    return flax_util.unbox(value.array if _is_with_aux(value) else value)
 
 
 def measured(record: OpRecord, stored: Weights, floats: Weights) -> OpRecord:
@@ -75,8 +76,8 @@ def measured(record: OpRecord, stored: Weights, floats: Weights) -> OpRecord:
     key = f"{record.path}/{record.weight}" if record.path else record.weight
     weight, original = stored.get(key), floats.get(key)
     # One tree of a Linen model serves as both: what it holds decides what it is.
-    weight = weight if isinstance(weight, qarray.QArray) or not record.is_quantized else None
-    original = None if isinstance(original, qarray.QArray) else original
+    weight = weight if qarray.is_quantized(weight) or not record.is_quantized else None
+    original = None if qarray.is_quantized(original) else original
     changes: dict[str, Any] = {}
     copies = _copies(record, weight if weight is not None else original)
     if weight is not None:
@@ -98,8 +99,8 @@ def _copies(record: OpRecord, weight: Any) -> int:
 
 
 def _sqnr_db(record: OpRecord, original: Any, weight: Any) -> float | None:
-    if isinstance(weight, qarray.QArray) and math.prod(weight.shape) == original.size:
-        return sqnr_db(original.reshape(weight.shape), qarray.dequantize(weight))
+    if qarray.is_quantized(weight) and math.prod(weight.shape) == original.size:
+        return sqnr_db(original.reshape(weight.shape), qarray.dequantize(prepack.unpack(weight)))
     if record.how is None or record.weight_shape is None:
         return None
     if original.size == math.prod(record.weight_shape):

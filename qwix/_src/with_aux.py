@@ -29,7 +29,8 @@ class WithAux[T]:
 
     Attributes:
       array: QArray whose fields carry the param's boxes (nnx.Param, linen Partitioned), a TransposedQArray of
-        such fields where the weight is prepacked, or a plain scale.
+        such fields where the weight is prepacked, or a plain scale. The `scale` of either is a DoubleScale
+        where it is quantized, too.
       how: how it was quantized, in the param's own layout.
       info: the param's path and rule; None if made by hand.
 
@@ -46,7 +47,7 @@ class WithAux[T]:
 
     @property
     def unboxed(self) -> Any:
-        """The QArray or array, without boxes; of a prepacked weight the QArray that it was made from."""
+        """The QArray or array, without boxes; of a weight that is stored in another form, its QArray."""
         return prepack.unpack(flax_util.unbox(self.array))
 
     @property

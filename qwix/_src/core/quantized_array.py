@@ -73,8 +73,7 @@ class QArray:
     @property
     def nbytes(self) -> int:
         """Bytes on a device, scale and zero point included; sub-byte values are packed there."""
-        children = [x for x in (self.qvalue, self.scale, self.zero_point) if x is not None]
-        return sum(numerics.device_bytes(x.dtype, math.prod(x.shape)) for x in children)
+        return sum(numerics.device_bytes(x.dtype, math.prod(x.shape)) for x in jax.tree.leaves(self))
 
     @property
     def scale_tile_shape(self) -> tuple[int, ...]:

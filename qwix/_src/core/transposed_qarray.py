@@ -151,8 +151,7 @@ class TransposedQArray:
     @property
     def nbytes(self) -> int:
         """Bytes on a device, scale and zero point included."""
-        children = [x for x in (self.qvalue, self.scale, self.zero_point) if x is not None]
-        return sum(numerics.device_bytes(x.dtype, math.prod(x.shape)) for x in children)
+        return sum(numerics.device_bytes(x.dtype, math.prod(x.shape)) for x in jax.tree.leaves(self))
 
     @classmethod
     def of(cls, array: qarray.QArray, arrangement: Layout, side: Side) -> TransposedQArray:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from qwix_kernels import tuning
 
-from qwix._src import op_plan, op_trace, prepack, qconfig, ragged_rows, weight_view
+from qwix._src import double_scale, op_plan, op_trace, prepack, qconfig, ragged_rows, weight_view
 from qwix._src.core import conv_general, dot_general, qarray, ragged_dot
 from qwix._src.dot_sides import result_dtype, swap_back, swapped, swapped_precision
 from qwix._src.model_weights import make_record, named_einsum, note_opaque, op_name
@@ -303,8 +303,9 @@ def create_quantized_param(
     several = bool(lifted) or (info is not None and info.mapped)
     if prepacked and not several and not prepack.is_partitioned(value):
         quantized = prepack.prepack(quantized, how)
-    boxed = jax.tree.map(lambda child: flax_util.update_boxed(value, value=child), quantized)
-    return WithAux(boxed, how, info)
+    if info is not None and getattr(info.rule, "double_quantize", False):
+        quantized = double_scale.double(quantized, double_scale.lead_axes(how, lifted, info.mapped))
+    return WithAux(double_scale.boxed(quantized, value), how, info)
 
 
 def quantize_act(

@@ -40,6 +40,7 @@ class QtProvider(qconfig.QuantizationProvider):
 
     Raises:
       TypeError: rules of another kind.
+      ValueError: a rule with `double_quantize`.
 
     >>> import jax, jax.numpy as jnp, qwix
     >>> from flax import nnx
@@ -59,6 +60,11 @@ class QtProvider(qconfig.QuantizationProvider):
         super().__init__(rules, disable_jit=disable_jit)
 
     def _init_rule(self, rule: qconfig.QuantizationRule) -> QtRule:
+        if rule.double_quantize:
+            raise ValueError(
+                f"double_quantize=True says how quantized weights are stored, but training keeps them float, in "
+                f"{rule}. Leave it out here, and set it in the rules of PtqProvider."
+            )
         return as_qt_rule(super()._init_rule(as_qt_rule(rule)))
 
     def get_intercept_map(self) -> dict[str, Callable[..., Any]]:
