@@ -36,7 +36,8 @@ from jax._src import source_info_util
 from jax._src.interpreters import partial_eval as pe
 
 from qwix._src import op_search, weight_view
-from qwix._src.weight import WeightInfo, WeightTracer, float_type, materialize, tag_p
+from qwix._src.adapter import Adapter
+from qwix._src.weight import WeightInfo, WeightTracer, float_type, materialize, tag_p, tagged_content
 
 # Where an op is: the indices of the scans over layers around it. None: in a loop or a branch, whose ops run
 # any number of times.
@@ -159,7 +160,7 @@ class OpTrace(jcore.Trace):
                     inside = list(new)
                     for i, arg in enumerate(args):
                         if isinstance(arg, WeightTracer):
-                            inside[i * stride] = arg.moved_to(trace).with_payload(new[i * stride])
+                            inside[i * stride] = arg.moved_to(trace).with_content((new[i * stride], None))
                     return list(plain.f_transformed(*inside))
 
                 restart()
@@ -251,17 +252,20 @@ def run(
             return out
 
 
-def new_weight(trace: OpTrace, payload: Any, info: WeightInfo) -> WeightTracer:
+def new_weight(
+    trace: OpTrace, payload: Any, info: WeightInfo, adapter: Adapter | None = None
+) -> WeightTracer:
     """A weight as the stored param is."""
     shape, dtype = float_type(payload)
-    return WeightTracer(trace, jcore.ShapedArray(shape, dtype), payload, info)
+    return WeightTracer(trace, jcore.ShapedArray(shape, dtype), payload, info, adapter=adapter)
 
 
 def tagged_weight(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> WeightTracer:
     """What `tag` gives under this trace. A weight that's tagged again stays the weight it is."""
     if isinstance(args[0], WeightTracer):
         return args[0].as_mapped() if params["info"].mapped else args[0]
-    return new_weight(trace, jax.tree.unflatten(params["treedef"], args), params["info"])
+    payload, adapter = tagged_content(args, params["treedef"])
+    return new_weight(trace, payload, params["info"], adapter)
 
 
 def scope_names() -> str:
@@ -334,7 +338,7 @@ def _scan(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> list[A
     carry = [materialize(c) for c in carry]
     stacked = [x.scanned() if isinstance(x, WeightTracer) else x for x in xs]
     rows = [x.row() if isinstance(x, WeightTracer) else None for x in stacked]
-    leaves = [x.payload if isinstance(x, WeightTracer) else x for x in stacked]
+    leaves = [x.content if isinstance(x, WeightTracer) else x for x in stacked]
     evaluate = _body(trace, params["jaxpr"])
     counted = trace.handler.counts_loops
     layered = trace.handler.by_layer and op_search.scans_weights(
@@ -343,7 +347,7 @@ def _scan(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> list[A
 
     def body(carry: list[Any], step: tuple[Any, list[Any]]) -> tuple[list[Any], Any]:
         index, leaves = step
-        row = [leaf if r is None else r.with_payload(leaf) for r, leaf in zip(rows, leaves, strict=True)]
+        row = [leaf if r is None else r.with_content(leaf) for r, leaf in zip(rows, leaves, strict=True)]
         layer = (*trace.layer, index) if layered and trace.layer is not None else None
         outs, emitted = evaluate([*consts, *carry, *row], layer, *([index] if counted else []))
         return outs[: len(carry)], (outs[len(carry) :], emitted)

@@ -18,7 +18,10 @@ from jax._src import core as jcore
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from qwix._src import weight_steps
+from qwix._src.adapter import Adapter
 from qwix._src.core import qarray
+from qwix._src.weight_steps import Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,29 +47,26 @@ class WeightInfo:
         return "/".join(map(str, (*(self.path or ()), self.name)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One move of a weight, from an array of shape `old` to one of shape `new`.
-
-    kind 'transpose' (args: the permutation), 'reshape', 'index' (args: the axis that is gone), or 'slice'
-    (args: the starts).
+class WeightTracer(jcore.Tracer):
+    """A weight inside an `OpTrace`. Its payload is a QArray or a float array of the parent trace; what its
+    adapter adds, if it has one, isn't in there.
     """
 
-    kind: str
-    old: tuple[int, ...]
-    new: tuple[int, ...]
-    args: tuple[int, ...] = ()
-
-
-class WeightTracer(jcore.Tracer):
-    """A weight inside an `OpTrace`. Its payload is a QArray or a float array of the parent trace."""
-
-    __slots__ = ("_value", "info", "payload", "steps")
+    __slots__ = ("_value", "adapter", "info", "payload", "steps")
     aval: Any
 
-    def __init__(self, trace: Any, aval: Any, payload: Any, info: WeightInfo, steps: tuple[Step, ...] = ()):
+    def __init__(
+        self,
+        trace: Any,
+        aval: Any,
+        payload: Any,
+        info: WeightInfo,
+        steps: tuple[Step, ...] = (),
+        adapter: Adapter | None = None,
+    ):
         super().__init__(trace, aval)
         self.payload = payload
+        self.adapter = adapter
         self.info = info
         self.steps = steps  # from the stored param to this
         self._value: Any = None
@@ -75,39 +75,67 @@ class WeightTracer(jcore.Tracer):
     def is_quantized(self) -> bool:
         return isinstance(self.payload, qarray.QArray)
 
+    @property
+    def content(self) -> tuple[Any, Adapter | None]:
+        """The arrays: what a scan cuts."""
+        return self.payload, self.adapter
+
     def value(self) -> jax.Array:
         """The float array, computed once."""
         if self._value is None:
             with jcore.set_current_trace(self._trace.parent):
-                self._value = dense(self.payload, self.aval.dtype)
+                self._value = _adapted(self.payload, self.adapter, self.steps, self.aval.dtype)
         return self._value
 
     def moved_to(self, trace: Any) -> WeightTracer:
-        return WeightTracer(trace, self.aval, self.payload, self.info, self.steps)
+        return WeightTracer(trace, self.aval, self.payload, self.info, self.steps, self.adapter)
 
     def moved(self, payload: Any, step: Step | None = None, dtype: Any = None) -> WeightTracer:
         """The weight after a step, or with another dtype."""
         shape = self.aval.shape if step is None else step.new
         aval = jcore.ShapedArray(tuple(shape), dtype or self.aval.dtype)
-        return WeightTracer(self._trace, aval, payload, self.info, self.steps + ((step,) if step else ()))
+        steps = self.steps + ((step,) if step else ())
+        return WeightTracer(self._trace, aval, payload, self.info, steps, self.adapter)
 
     def as_mapped(self) -> WeightTracer:
         """Known to be several weights."""
         info = dataclasses.replace(self.info, mapped=True)
-        return WeightTracer(self._trace, self.aval, self.payload, info, self.steps)
+        return WeightTracer(self._trace, self.aval, self.payload, info, self.steps, self.adapter)
+
+    def with_adapter(self, adapter: Adapter | None) -> WeightTracer:
+        return WeightTracer(self._trace, self.aval, self.payload, self.info, self.steps, adapter)
 
     def scanned(self) -> Any:
-        """Ready to be cut along axis 0: itself, or the float array when its scales can't be cut."""
-        leaves = jax.tree.leaves(self.payload)
+        """Ready to be cut along axis 0: itself, or the float array when its scales or its adapter can't be
+        cut.
+        """
+        if self.adapter is not None and weight_steps.of_layer(self.steps):
+            return self.value()
+        leaves = jax.tree.leaves(self.content)
         return self if all(leaf.shape[0] == self.aval.shape[0] for leaf in leaves) else self.value()
 
     def row(self) -> WeightTracer:
-        """What one step of a scan over axis 0 sees; the payload is put in by `with_payload`."""
+        """What one step of a scan over axis 0 sees; the content is put in by `with_content`."""
         shape = tuple(self.aval.shape)
         return self.moved(None, Step("index", shape, shape[1:], (0,)))
 
-    def with_payload(self, payload: Any) -> WeightTracer:
-        return WeightTracer(self._trace, self.aval, payload, self.info, self.steps)
+    def with_content(self, content: tuple[Any, Adapter | None]) -> WeightTracer:
+        payload, adapter = content
+        return WeightTracer(self._trace, self.aval, payload, self.info, self.steps, adapter)
+
+
+def _adapted(payload: Any, adapter: Adapter | None, steps: Sequence[Step], dtype: Any) -> jax.Array:
+    """The float array that a payload and its adapter stand for, after the steps."""
+    if adapter is None:
+        return dense(payload, dtype)
+    base, inner = dense(payload, jnp.float32), weight_steps.of_layer(steps)
+    if adapter.dense is not None:
+        whole = base + adapter.dense
+    elif adapter.m is None:
+        whole = base + weight_steps.apply(inner, adapter.change())
+    else:
+        whole = weight_steps.apply(inner, adapter.applied(weight_steps.undo(inner, base)))
+    return whole.astype(dtype)
 
 
 def dense(payload: Any, dtype: Any) -> jax.Array:
@@ -121,17 +149,19 @@ def materialize(x: Any) -> Any:
     return x.value() if isinstance(x, WeightTracer) else x
 
 
-def tag(payload: Any, info: WeightInfo) -> jax.Array:
+def tag(payload: Any, info: WeightInfo, adapter: Adapter | None = None) -> jax.Array:
     """Marks a QArray or a float array as the param `info`, and returns what a model's code computes with."""
-    leaves, treedef = jax.tree.flatten(payload)
+    leaves, treedef = jax.tree.flatten((payload, adapter))
     return tag_p.bind(*leaves, treedef=treedef, info=info)
 
 
 tag_p = Primitive("qwix_weight")
 
 
-def _payload(leaves: Sequence[Any], treedef: Any) -> Any:
-    return jax.tree.unflatten(treedef, leaves)
+def tagged_content(leaves: Sequence[Any], treedef: Any) -> tuple[Any, Adapter | None]:
+    """The payload and the adapter that were marked."""
+    payload, adapter = jax.tree.unflatten(treedef, leaves)
+    return payload, adapter
 
 
 def float_type(payload: Any) -> tuple[tuple[int, ...], Any]:
@@ -143,13 +173,13 @@ def float_type(payload: Any) -> tuple[tuple[int, ...], Any]:
 
 def _impl(*leaves: Any, treedef: Any, info: WeightInfo) -> jax.Array:
     del info
-    payload = _payload(leaves, treedef)
-    return dense(payload, float_type(payload)[1])
+    payload, adapter = tagged_content(leaves, treedef)
+    return _adapted(payload, adapter, (), float_type(payload)[1])
 
 
 def _abstract_eval(*avals: Any, treedef: Any, info: WeightInfo) -> jcore.ShapedArray:
     del info
-    return jcore.ShapedArray(*float_type(_payload(avals, treedef)))
+    return jcore.ShapedArray(*float_type(tagged_content(avals, treedef)[0]))
 
 
 def _batch(args: Sequence[Any], dims: Sequence[Any], *, treedef: Any, info: WeightInfo) -> tuple[Any, int]:

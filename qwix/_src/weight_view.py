@@ -16,8 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwix._src import weight_steps
+from qwix._src.adapter import Adapter
 from qwix._src.core import qarray
-from qwix._src.weight import Step, WeightTracer
+from qwix._src.weight import WeightTracer
+from qwix._src.weight_steps import Step
 
 
 def runs_of(how: qarray.HowToQuantize, shape: Sequence[int]) -> tuple[int, ...]:
@@ -174,9 +177,23 @@ def move(trace: Any, primitive: Any, args: Sequence[Any], params: dict[str, Any]
     dynamic = rest if primitive.name == "dynamic_slice" else None
     try:
         payload = trace.outside(_apply, step, weight.payload, dynamic)
-    except ValueError:  # the scales can't follow this one
+        adapter = trace.outside(_cut_adapter, weight, step, dynamic)
+    except ValueError:  # the scales, or the magnitudes of the adapter, can't follow this one
         return None
-    return weight.moved(payload, step)
+    return weight.with_adapter(adapter).moved(payload, step)
+
+
+def _cut_adapter(weight: WeightTracer, step: Step, dynamic: Sequence[Any] | None) -> Adapter | None:
+    """The weight's adapter after a step: what it adds, where that is cut or has been."""
+    adapter = weight.adapter
+    if adapter is None or (adapter.dense is None and step.kind != "slice"):
+        return adapter
+    if adapter.m is not None:
+        raise ValueError("Magnitudes belong to a whole weight.")
+    whole = adapter.dense
+    if whole is None:
+        whole = weight_steps.apply(weight_steps.of_layer(weight.steps), adapter.change())
+    return Adapter(None, None, dense=_apply(step, whole, dynamic))
 
 
 def _transpose(shape: Any, params: dict[str, Any], _: Any) -> Step:
