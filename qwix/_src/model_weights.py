@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qwix._src import double_scale, op_plan, op_trace, qconfig, weight_view
+from qwix._src.adapter import AdapterSpec
 from qwix._src.core import conv_general, dot_general, qarray, ragged_kernel
 from qwix._src.dot_sides import swapped
 from qwix._src.op_plan import OpPlan
@@ -51,7 +52,9 @@ def named_einsum(*args: Any, **kwargs: Any) -> Any:
 
 
 class Discovery:
-    """The handler of the abstract run. `found` is its result."""
+    """The handler of the abstract run. Its results: the weights to quantize are `found`, and `adapters` has
+    those that weights get, quantized or not.
+    """
 
     by_layer = unrolls = counts_loops = trains = False
 
@@ -60,6 +63,7 @@ class Discovery:
         self.emitted: dict[Any, Any] = {}
         self.params: dict[int, Any] = {}
         self.found: dict[Key, Found] = {}
+        self.adapters: dict[Key, tuple[WeightInfo, AdapterSpec]] = {}
 
     def bookmark(self) -> Callable[[], None]:
         return qconfig.bookmark()
@@ -87,11 +91,23 @@ class Discovery:
     def _note(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> None:
         weight = None if plan.weight_side is None else args[plan.weight_side]
         how = None
+        if weight is not None:
+            self._note_adapter(plan, weight, args, params)
         if weight is not None and plan.weight_how is not None:
             wanted = plan.weight_how
             plan, how = (plan, wanted) if weight.is_quantized else self._add(plan, weight, wanted)
         record = make_record(plan, args, params, how)
         self.provider.records.setdefault((plan.path, plan.op_id), record)
+
+    def _note_adapter(
+        self, plan: OpPlan, weight: WeightTracer, args: Sequence[Any], params: dict[str, Any]
+    ) -> None:
+        """The first op that eats a weight decides about its adapter."""
+        key = (*(weight.info.path or ()), weight.info.name)
+        if key not in self.adapters:
+            spec = self.provider.adapter_of(plan, weight, args, params)
+            if spec is not None:
+                self.adapters[key] = dataclasses.replace(weight.info, rule=plan.rule), spec
 
     def _add(
         self, plan: OpPlan, weight: WeightTracer, wanted: qarray.HowToQuantize
@@ -160,9 +176,7 @@ def make_record(
     )
 
 
-def _weight_facts(
-    weight: WeightTracer, how: qarray.HowToQuantize | None, rule: Any = None
-) -> dict[str, Any]:
+def _weight_facts(weight: WeightTracer, how: qarray.HowToQuantize | None, rule: Any = None) -> dict[str, Any]:
     shape = weight.steps[0].old if weight.steps else tuple(weight.shape)
     dtype = weight.payload.dtype
     before = after = device_bytes(jax.ShapeDtypeStruct(shape, dtype))

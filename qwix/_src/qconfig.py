@@ -321,6 +321,11 @@ class QuantizationProvider:
                 return rule
         return None
 
+    def adapter_of(self, plan: Any, weight: Any, args: Sequence[Any], params: Mapping[str, Any]) -> Any:
+        """The facts of the adapter that the weight of an op gets; None: it gets none."""
+        del plan, weight, args, params
+        return None
+
     def note_quality(self, keys: Sequence[tuple[str, str]], sqnr_db: float | None) -> None:
         """Adds a weight's SQNR to the records of the ops that eat it; None (there are no values) adds
         nothing.

@@ -84,6 +84,18 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         return Executor(self, scales, strict=strict)
 
 
+@dataclasses.dataclass(frozen=True)
+class Arranged:
+    """A dot as core computes it."""
+
+    operands: list[Any]
+    options: dict[str, Any]
+    back: tuple[int, ...] | None  # the transpose of its result, where the sides were exchanged
+
+    def turned_back(self, out: jax.Array) -> jax.Array:
+        return out if self.back is None else out.transpose(self.back)
+
+
 class Executor:
     """The handler of a quantized model's call."""
 
@@ -116,6 +128,17 @@ class Executor:
         mapped = weight is not None and weight.info.mapped
         plan = op_plan.placed(plan, self.provider, in_layer=trace.layer is not None, mapped=mapped)
         self._record(plan, args, params)
+        return self.carry_out(trace, plan, primitive, args, params)
+
+    def carry_out(
+        self,
+        trace: op_trace.OpTrace,
+        plan: OpPlan,
+        primitive: Any,
+        args: Sequence[Any],
+        params: dict[str, Any],
+    ) -> Any:
+        """A contraction, as planned."""
         if plan.reason is not None:
             return trace.bind(primitive, args, params)
         ops = {"conv_general_dilated": self._convolution, "ragged_dot": self._ragged}
@@ -187,9 +210,20 @@ class Executor:
     def _dot(
         self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any], layer: Sequence[Any]
     ) -> jax.Array:
-        """A dot in the parent trace. A weight goes to the right side, which is the one that kernels want it
-        on.
-        """
+        """A dot in the parent trace."""
+        dot = self._arranged(plan, args, params, layer)
+        return dot.turned_back(self._compute(dot.operands, dot.options))
+
+    def _compute(self, operands: Sequence[Any], options: dict[str, Any]) -> jax.Array:
+        """A dot as it was arranged."""
+        if "out_sharding" in options or self.provider._dot_general_fn is not dot_general.dot_general:
+            return self.provider._dot_general_fn(*operands, **options)
+        return once(dot_general.dot_general, dict(zip(_SIDES, operands, strict=True)), options)
+
+    def _arranged(
+        self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any], layer: Sequence[Any]
+    ) -> Arranged:
+        """A weight goes to the right side, which is the one that kernels want it on."""
         operands, act_how = self._operands(plan, args, params, layer)
         dnums, sharding, back = params["dimension_numbers"], params.get("out_sharding"), None
         if plan.weight_side == 0 and sharding is None:
@@ -198,17 +232,15 @@ class Executor:
         elif plan.weight_side == 0 and act_how is not None:
             operands[1], act_how = self.provider._qarray.quantize(operands[1], act_how), None
         options = {
+            "dimension_numbers": dnums,
             "precision": swapped_precision(params["precision"]) if back else params["precision"],
             "preferred_element_type": result_dtype(args, params),
         }
         if act_how is not None:
             options["act_how"] = act_how
-        if sharding is None and self.provider._dot_general_fn is dot_general.dot_general:
-            arrays = dict(zip(_SIDES, operands, strict=True))
-            out = _once(dot_general.dot_general, arrays, {"dimension_numbers": dnums, **options})
-        else:
-            out = self.provider._dot_general_fn(*operands, dnums, out_sharding=sharding, **options)
-        return out if back is None else out.transpose(back)
+        if sharding is not None:
+            options["out_sharding"] = sharding
+        return Arranged(operands, options, back)
 
     def _convolution(
         self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any], layer: Sequence[Any]
@@ -221,7 +253,7 @@ class Executor:
         conv = self.provider._conv_general_dilated_fn
         if params["out_sharding"] is not None or conv is not conv_general.conv_general_dilated:
             return conv(*operands, **options)
-        return _once(conv, dict(zip(_SIDES, operands, strict=True)), options)
+        return once(conv, dict(zip(_SIDES, operands, strict=True)), options)
 
     def _ragged(
         self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any], layer: Sequence[Any]
@@ -236,7 +268,7 @@ class Executor:
             "act_how": act_how,
         }
         arrays = dict(zip(_SIDES, operands, strict=True)) | groups
-        return _once(ragged_dot.ragged_dot_general, arrays, options)
+        return once(ragged_dot.ragged_dot_general, arrays, options)
 
     def _static(
         self,
@@ -251,7 +283,7 @@ class Executor:
         return self.provider._qarray.quantize_with_scale_zero_point(x, how.qtype, scale, zero_point)
 
 
-def _once(op: Callable[..., jax.Array], arrays: dict[str, Any], options: dict[str, Any]) -> jax.Array:
+def once(op: Callable[..., jax.Array], arrays: dict[str, Any], options: dict[str, Any]) -> jax.Array:
     """`op`, traced once for all layers of one shape."""
     return _traced(op, arrays, tuple(options.items()), tuning.ambient())
 
