@@ -14,7 +14,7 @@ What happens to the lhs before the product and to the sum after it, in this orde
 
     y   = x * rsqrt(mean(x^2) + eps) * weight                      RMSNorm
     q   = convert(y * columns * (1 / scale) + noise)               RowQuantize
-    z   = q @ w * scales + bias
+    z   = q @ w * scales + scaling * ((x @ a) * mask) @ b + bias      LowRank, of the lhs as it was given
     out = activation(z), or activation(q @ w_gate ... + gate_bias) * z with a gate
     out + residual, rounded once to the output dtype, or quantized for the next matmul (RowQuantize again)
 
@@ -29,6 +29,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,9 @@ class Operand:
         "gate_bias",
         "residual",
         "out_scale",
+        "low_rank_a",
+        "low_rank_b",
+        "low_rank_mask",
     ],
     meta_fields=[],
 )
@@ -121,6 +125,9 @@ class Extras:
     gate_bias    [batch, 1, N]
     residual     [batch, M, N]
     out_scale    [batch, M or 1, tiles of N]  of static quantization of the result
+    low_rank_a   [batch, K, rank]  with low_rank_b an update of rhs (and not of the gate)
+    low_rank_b   [batch, rank, N]
+    low_rank_mask  [batch, M or 1, rank]  what lhs @ low_rank_a is multiplied with
     """
 
     lhs_scale: jax.Array | None = None
@@ -132,6 +139,20 @@ class Extras:
     gate_bias: jax.Array | None = None
     residual: jax.Array | None = None
     out_scale: jax.Array | None = None
+    low_rank_a: jax.Array | None = None
+    low_rank_b: jax.Array | None = None
+    low_rank_mask: jax.Array | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arrays that are there, by name."""
+        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: x for name, x in named.items() if x is not None}
+
+    @property
+    def of_low_rank(self) -> Extras:
+        """Those of `LOW_RANK_EXTRAS`."""
+        return Extras(**{name: getattr(self, name) for name in LOW_RANK_EXTRAS})
 
     @property
     def of_rows(self) -> Extras:
@@ -142,6 +163,7 @@ class Extras:
 NO_EXTRAS = Extras()
 # Those that are used before the product.
 ROW_EXTRAS = ("lhs_scale", "lhs_columns", "lhs_noise", "norm_weight")
+LOW_RANK_EXTRAS = ("low_rank_a", "low_rank_b", "low_rank_mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +245,20 @@ class RMSNorm:
 
 
 @dataclasses.dataclass(frozen=True)
+class LowRank:
+    """An update of the rhs that is never added to it (LoRA, arXiv 2106.09685): see the module's header.
+
+    What is multiplied by it is the lhs before row quantization. Both products are accumulated in float32.
+    """
+
+    rank: int
+    scaling: float
+    a_dtype: str
+    b_dtype: str
+    mask_dtype: str | None = None  # None: no mask
+
+
+@dataclasses.dataclass(frozen=True)
 class Epilogue:
     """What happens to the sum: see the module's header."""
 
@@ -254,6 +290,7 @@ class MatmulProblem:
     precision: str | None = None  # None or "default": the unit's own; "high"/"highest" as for jax.lax.dot
     norm: RMSNorm | None = None
     epilogue: Epilogue | None = None
+    low_rank: LowRank | None = None
 
     @property
     def batch(self) -> int:
@@ -268,6 +305,8 @@ class MatmulProblem:
     def fused(self) -> str:
         """What else is computed, for example `rms_norm bias gate silu ->int8:128`; empty for nothing."""
         e, parts = self.epilogue or Epilogue(), ["rms_norm"] if self.norm else []
+        if self.low_rank:
+            parts.append(f"low_rank:{self.low_rank.rank}" + ":mask" * bool(self.low_rank.mask_dtype))
         parts += ["bias"] * e.bias + ["gate"] * e.gate + ["gate_bias"] * e.gate_bias
         parts += [e.activation] if e.activation else []
         parts += [f"residual:{e.residual}"] if e.residual else []

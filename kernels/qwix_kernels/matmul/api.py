@@ -33,6 +33,7 @@ def matmul(
     out_dtype: Any = None,
     precision: Any = None,
     norm_eps: float = 1e-6,
+    low_rank_scaling: float = 1.0,
     activation: str | None = None,
     quantize_out: RowQuantize | None = None,
     implementation: str | Sequence[str] | None = None,
@@ -56,6 +57,7 @@ def matmul(
         promote to.
       precision: of float products, as in `jax.lax.dot`.
       norm_eps: of the normalisation by `extras.norm_weight`.
+      low_rank_scaling: what the update by `extras.low_rank_a` and `low_rank_b` is multiplied with.
       activation: "relu", "relu6", "gelu", "gelu_tanh" or "silu", of the result, or of the gate if there is
         one.
       quantize_out: quantize the rows of the result, as the lhs of another matmul.
@@ -86,6 +88,7 @@ def matmul(
         out_dtype=out_dtype,
         precision=precision,
         norm_eps=norm_eps,
+        low_rank_scaling=low_rank_scaling,
         activation=activation,
         quantize_out=quantize_out,
     )

@@ -15,6 +15,7 @@ from qwix_kernels.matmul.describe_extras import (
     check_rows_extras,
     check_static,
     epilogue_of,
+    low_rank_of,
     norm_of,
 )
 from qwix_kernels.problem import CODEBOOKS, Extras, MatmulProblem, Operand, RowQuantize, Tensor
@@ -32,6 +33,7 @@ def problem_of(
     out_dtype: Any = None,
     precision: Any = None,
     norm_eps: float = 1e-6,
+    low_rank_scaling: float = 1.0,
     activation: str | None = None,
     quantize_out: RowQuantize | None = None,
 ) -> MatmulProblem:
@@ -75,6 +77,7 @@ def problem_of(
     check_rows_extras(quantize_lhs, extras, (left.batch, left.free, k))
     norm = norm_of(extras, norm_eps, left, k)
     epilogue = epilogue_of(extras, activation, quantize_out, batch, left.free, right.free)
+    low_rank = low_rank_of(extras, low_rank_scaling, left, (batch, left.free, k, right.free))
     integers = left.is_integer and right.is_integer and not (left.is_quantized or right.is_quantized)
     exact = integers and epilogue is None
     default = jnp.int32 if exact else jnp.result_type(_value_dtype(left), _value_dtype(right))
@@ -99,6 +102,7 @@ def problem_of(
         precision=_precision(precision),
         norm=norm,
         epilogue=epilogue,
+        low_rank=low_rank,
     )
 
 

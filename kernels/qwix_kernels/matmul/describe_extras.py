@@ -9,7 +9,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from qwix_kernels.problem import ACTIVATIONS, ROW_SCALES, Epilogue, Extras, Operand, RMSNorm, RowQuantize
+from qwix_kernels.problem import (
+    ACTIVATIONS,
+    ROW_SCALES,
+    Epilogue,
+    Extras,
+    LowRank,
+    Operand,
+    RMSNorm,
+    RowQuantize,
+)
 
 
 def norm_of(extras: Extras, eps: float, left: Operand, k: int) -> RMSNorm | None:
@@ -55,6 +64,42 @@ def epilogue_of(
         quantize=quantize,
     )
     return None if out == Epilogue() else out
+
+
+def low_rank_of(
+    extras: Extras, scaling: float, left: Operand, sizes: tuple[int, int, int, int]
+) -> LowRank | None:
+    """The low-rank update that `extras` ask for; None without one. `sizes` are batch, M, K and N."""
+    a, b, mask = extras.low_rank_a, extras.low_rank_b, extras.low_rank_mask
+    if a is None and b is None and mask is None:
+        return None
+    if a is None or b is None:
+        raise ValueError("low_rank_a and low_rank_b are given together (low_rank_mask only with them).")
+    if left.is_quantized or not jnp.issubdtype(left.dtype, jnp.floating) or left.bits <= 8:
+        raise ValueError(f"A low-rank update multiplies a plain float lhs, got {left}.")
+    if extras.norm_weight is not None:
+        raise ValueError("A low-rank update and norm_weight exclude each other. Normalise before.")
+    batch, m, k, n = sizes
+    rank = a.shape[-1] if len(a.shape) == 3 else 0
+    _check_low_rank("low_rank_a", a, (batch, k, rank))
+    _check_low_rank("low_rank_b", b, (batch, rank, n))
+    if rank < 1:
+        raise ValueError(f"low_rank_a has shape {tuple(a.shape)}; its last axis, the rank, is at least 1.")
+    if mask is not None:
+        rows = 1 if len(mask.shape) == 3 and mask.shape[1] == 1 else m
+        _check_low_rank("low_rank_mask", mask, (batch, rows, rank))
+    name = lambda x: jnp.dtype(x.dtype).name
+    return LowRank(rank, float(scaling), name(a), name(b), None if mask is None else name(mask))
+
+
+def _check_low_rank(name: str, x: Any, wanted: tuple[int, int, int]) -> None:
+    _check_float(name, x)
+    shape = tuple(x.shape)
+    if len(shape) != 3 or shape[0] not in (1, wanted[0]) or shape[1:] != wanted[1:]:
+        raise ValueError(
+            f"{name} has shape {shape}; it must be (1 or {wanted[0]}, {wanted[1]}, {wanted[2]}): low_rank_a "
+            "is [batch, K, rank], low_rank_b [batch, rank, N], low_rank_mask [batch, M or 1, rank]."
+        )
 
 
 def check_rows(name: str, how: RowQuantize, size: int, axis: str) -> None:

@@ -106,6 +106,33 @@ def prepare(problem: MatmulProblem, lhs: Tensor, extras: Extras) -> Tensor:
     return lhs
 
 
+def add_low_rank(problem: MatmulProblem, z: jax.Array, lhs: jax.Array, extras: Extras) -> jax.Array:
+    """z + scaling * ((lhs @ a) * mask) @ b, [batch, M, N], in at least float32."""
+    assert problem.low_rank and extras.low_rank_a is not None and extras.low_rank_b is not None
+    t = low_rank_rows(problem, lhs, extras.low_rank_a)
+    if extras.low_rank_mask is not None:
+        t = t * extras.low_rank_mask.astype(t.dtype)
+    b = extras.low_rank_b
+    t = t * np.float32(problem.low_rank.scaling)
+    added = multiply_wide(t, b.astype(t.dtype), problem.precision)
+    return z.astype(added.dtype) + added
+
+
+def low_rank_rows(problem: MatmulProblem, lhs: jax.Array, a: jax.Array) -> jax.Array:
+    """lhs @ a, [batch, M, rank], in at least float32."""
+    both = jnp.promote_types(lhs.dtype, a.dtype)
+    return multiply_wide(lhs.astype(both), a.astype(both), problem.precision)
+
+
+def multiply_wide(a: jax.Array, b: jax.Array, precision: str | None) -> jax.Array:
+    """a @ b over the last two axes, accumulated in at least float32; a batch of 1 serves all others."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    if b.shape[0] == 1:
+        return jax.lax.dot_general(a, b[0], (((2,), (0,)), ((), ())), precision, wide)
+    a = jnp.broadcast_to(a, (b.shape[0], *a.shape[1:]))
+    return jax.lax.dot_general(a, b, (((2,), (1,)), ((0,), (0,))), precision, wide)
+
+
 def combine(e: Epilogue, z: jax.Array, gate: jax.Array | None, extras: Extras) -> jax.Array:
     """The epilogue of the sums up to the residual, in at least float32."""
     wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -5,6 +5,9 @@ arrays (`rhs_transposed` flipped), so that a backward pass dequantizes no weight
 the lhs is passed straight through. Quantized operands and all scales get zero gradients: train those through
 the float values that they came from.
 
+A low-rank update of the rhs is one of the transposed weight too, its factors turned round, so the gradient of
+the rows stays one op. Those of its factors are XLA's products with `rank` columns, summed in float32.
+
 Where an activation or a gate needs the sums before it, they are computed again by the forward kernel instead
 of being kept: [M, N] float32 is more than most layers' weights.
 """
@@ -18,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwix_kernels.lowering import How
 from qwix_kernels.matmul import elementwise
@@ -35,7 +39,15 @@ def backward(problem: MatmulProblem, how: How, matmul: Matmul, saved: Operands, 
     dz, dgate, dextras = _through_epilogue(problem, again, saved, g)
     dlhs = drhs = None
     if is_float(lhs):
-        dy = again(dz, rhs, rhs_transposed=not problem.rhs_transposed, out_dtype=_dtype_of_rows(problem))
+        turned, scaling = _turned_low_rank(problem, extras)
+        dy = again(
+            dz,
+            rhs,
+            turned,
+            rhs_transposed=not problem.rhs_transposed,
+            out_dtype=_dtype_of_rows(problem),
+            low_rank_scaling=scaling,
+        )
         if dgate is not None:
             dy = again(
                 dgate,
@@ -52,6 +64,8 @@ def backward(problem: MatmulProblem, how: How, matmul: Matmul, saved: Operands, 
             dx, dweight = pull(sum_to(dy, lhs.shape, jnp.promote_types(lhs.values.dtype, jnp.float32)))
             dextras = dataclasses.replace(dextras, norm_weight=dweight)
         dlhs = Tensor(sum_to(dx, lhs.shape, lhs.values.dtype))
+    if problem.low_rank:
+        dextras = dataclasses.replace(dextras, **_of_low_rank(problem, lhs.values, extras, dz))
     if is_float(rhs):
         used = elementwise.prepare(problem, lhs, extras)
 
@@ -84,7 +98,8 @@ def _through_epilogue(
         rhs_transposed=problem.rhs_transposed,
         out_dtype=jnp.float32,
     )
-    z = sums(rhs, dataclasses.replace(prologue, bias=extras.bias))
+    own = dataclasses.replace(extras.of_low_rank, **prologue.given, bias=extras.bias)
+    z = sums(rhs, own, low_rank_scaling=problem.low_rank.scaling if problem.low_rank else 1.0)
     if not e.gate:
         _, pull = jax.vjp(lambda z: elementwise.activate(z, e.activation), z)
         (dz,) = pull(g.astype(jnp.float32))
@@ -94,6 +109,45 @@ def _through_epilogue(
     dz, dgate = pull(g.astype(jnp.float32))
     dextras = Extras(bias=_to(dz, extras.bias), gate_bias=_to(dgate, extras.gate_bias), residual=dresidual)
     return dz.astype(g.dtype), dgate.astype(g.dtype), dextras
+
+
+def _turned_low_rank(problem: MatmulProblem, extras: Extras) -> tuple[Extras | None, float]:
+    """The update of the transposed weight: its factors change places."""
+    if problem.low_rank is None:
+        return None, 1.0
+    assert extras.low_rank_a is not None and extras.low_rank_b is not None
+    turned = Extras(
+        low_rank_a=extras.low_rank_b.mT,
+        low_rank_b=extras.low_rank_a.mT,
+        low_rank_mask=extras.low_rank_mask,
+    )
+    return turned, problem.low_rank.scaling
+
+
+def _of_low_rank(problem: MatmulProblem, x: jax.Array, extras: Extras, dz: jax.Array) -> dict[str, jax.Array]:
+    """The gradients of the update's arrays, from those of the sums; products of K or N with rank columns.
+
+    With t = x @ a * mask and s = dz @ b.T, times the scaling: a gets x.T @ (s * mask), b gets t.T @ dz, and
+    the mask x @ a * s.
+    """
+    assert problem.low_rank and extras.low_rank_a is not None and extras.low_rank_b is not None
+    a, b, mask = extras.low_rank_a, extras.low_rank_b, extras.low_rank_mask
+    scaling = np.float32(problem.low_rank.scaling)
+    wide = functools.partial(jnp.asarray, dtype=jnp.promote_types(x.dtype, jnp.float32))
+    t = elementwise.low_rank_rows(problem, x, a) * scaling
+    s = elementwise.low_rank_rows(problem, dz, b.mT)
+    masked = (lambda v: v) if mask is None else (lambda v: v * wide(mask))
+
+    def summed(u: jax.Array, v: jax.Array, like: jax.Array) -> jax.Array:
+        """u.T @ v of [batch, M, ...], over the rows of all batches where they share what it is for."""
+        u, v = (jnp.broadcast_to(wide(w), (problem.batch, *w.shape[1:])) for w in (u, v))
+        shared = like.shape[0] == 1
+        axes = (((0, 1),) * 2, ((),) * 2) if shared else (((1,),) * 2, ((0,),) * 2)
+        out = jax.lax.dot_general(u, v, axes, problem.precision, u.dtype)
+        return (out[None] if shared else out).astype(like.dtype)
+
+    grads = {"low_rank_a": summed(x, masked(s) * scaling, a), "low_rank_b": summed(masked(t), dz, b)}
+    return grads if mask is None else grads | {"low_rank_mask": sum_to(t * s, mask.shape, mask.dtype)}
 
 
 def _dtype_of_rows(problem: MatmulProblem) -> str:

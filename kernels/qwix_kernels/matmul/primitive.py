@@ -78,8 +78,8 @@ def bind(
 
 
 # The fields of Extras with one entry per row (or a single one), and those with one per column or K.
-_BY_ROW = ("lhs_scale", "lhs_noise", "residual", "out_scale")
-_BY_COLUMN = ("lhs_columns", "norm_weight", "bias", "gate_bias")
+_BY_ROW = ("lhs_scale", "lhs_noise", "residual", "out_scale", "low_rank_mask")
+_BY_COLUMN = ("lhs_columns", "norm_weight", "bias", "gate_bias", "low_rank_a", "low_rank_b")
 
 
 def _columns_shared(extras: Extras) -> bool:
@@ -150,6 +150,9 @@ def _structure(problem: MatmulProblem) -> Any:
         gate_bias=some(e.gate_bias),
         residual=some(e.residual),
         out_scale=some(e.quantize and e.quantize.static),
+        low_rank_a=some(problem.low_rank),
+        low_rank_b=some(problem.low_rank),
+        low_rank_mask=some(problem.low_rank and problem.low_rank.mask_dtype),
     )
     return jax.tree.structure((tensor(problem.lhs), tensor(problem.rhs), extras))
 

@@ -9,6 +9,7 @@ the result, with A and B the represented operands:
     dequantizing   a value that is rounded to the multiplying dtype is off by its eps: 2 * eps_dtype * (|A| @
                    |B|)
     zero points    (a - za) * (b - zb) expanded over its four sums, so |a| + |za| stands in for |a - za|
+    low rank       both sums of the update, and the roundings of its four factors
     rows           where the lhs is normalised, its errors, and one step of the stored type for values that
                    are on a rounding boundary within them
     epilogue       one rounding for each sum and product; an activation's own, and its steepness
@@ -64,7 +65,8 @@ def run(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, extras: Extras = NO_EX
         return accumulators(problem, lhs, rhs)
     a, b = operands(problem, lhs, rhs, extras)
     gate = None if extras.gate is None else a @ _turned(problem, dequantize(extras.gate))
-    return _epilogue(problem.epilogue or Epilogue(), a @ b, gate, extras)[0]
+    z = a @ b if problem.low_rank is None else a @ b + low_rank(problem, lhs, extras)[0]
+    return _epilogue(problem.epilogue or Epilogue(), z, gate, extras)[0]
 
 
 def operands(
@@ -88,6 +90,16 @@ def rms_norm(lhs: Tensor, extras: Extras, norm: RMSNorm) -> np.ndarray:
     x = np.asarray(lhs.values).astype(np.float64)
     root = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + float(np.float32(norm.eps)))
     return x / root * np.asarray(extras.norm_weight).astype(np.float64)
+
+
+def low_rank(problem: MatmulProblem, lhs: Tensor, extras: Extras) -> tuple[np.ndarray, np.ndarray]:
+    """(the update's part of the sums, what its terms add up to without their signs), in float64."""
+    assert problem.low_rank
+    wide = lambda x: np.asarray(x).astype(np.float64)
+    x, a, b = wide(lhs.values), wide(extras.low_rank_a), wide(extras.low_rank_b)
+    scaling = np.float64(np.float32(problem.low_rank.scaling))
+    mask = scaling if extras.low_rank_mask is None else scaling * wide(extras.low_rank_mask)
+    return (x @ a * mask) @ b, np.abs(x) @ np.abs(a) * np.abs(mask) @ np.abs(b)
 
 
 def accumulators(problem: MatmulProblem, lhs: Tensor, rhs: Tensor) -> np.ndarray:
@@ -155,7 +167,7 @@ def error_bound(
     if problem.out_dtype == "int32":
         return np.zeros((problem.batch, problem.m, problem.n))
     wrong = _rounding_of_rows(problem, lhs, extras)
-    lhs = prepared(problem, lhs, extras)
+    lhs_given, lhs = lhs, prepared(problem, lhs, extras)
     eps = {"bfloat16": 2.0**-8, "float32": _EPS32}[multiplied or _multiplied(problem)]
 
     def product(w: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -167,6 +179,10 @@ def error_bound(
         return dequantize(lhs) @ _turned(problem, dequantize(w)), computed
 
     z, computed = product(rhs)
+    if problem.low_rank:
+        added, total = low_rank(problem, lhs_given, extras)
+        z, computed = z + added, computed + _low_rank_bound(problem, eps) * total
+        computed = computed + 2 * _EPS32 * (np.abs(z) + computed)
     gate, gate_computed = (None, 0.0) if extras.gate is None else product(extras.gate)
     exact, computed = _epilogue(
         problem.epilogue or Epilogue(), z, gate, extras, computed=computed, gate_computed=gate_computed
@@ -176,6 +192,13 @@ def error_bound(
     out = jnp.finfo(problem.out_dtype)
     rounding = float(out.eps) / 2 * (np.abs(exact) + computed) + float(out.smallest_subnormal)
     return computed + rounding + _TINY
+
+
+def _low_rank_bound(problem: MatmulProblem, eps: float) -> float:
+    """Of an update's terms, how far the computed ones may be off: two sums in float32, and lhs, a, their
+    product and b each rounded to the dtype in which they are multiplied."""
+    assert problem.low_rank
+    return (1 + eps) ** 4 * (1 + (problem.k + problem.low_rank.rank + _SCALINGS) * _EPS32) - 1
 
 
 def _rounding_of_rows(problem: MatmulProblem, lhs: Tensor, extras: Extras) -> np.ndarray | None:

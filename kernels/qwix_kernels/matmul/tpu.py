@@ -58,7 +58,7 @@ def run(
     plan = resolve(problem, chip, config)
     names, arrays, specs = zip(*operands(plan, lhs, rhs, extras), strict=True)
     scratch, (outs, out_specs) = scratch_shapes(plan), _results(plan)
-    columns = "arbitrary" if plan.has_prologue and not plan.megacore_rows else "parallel"
+    columns = "arbitrary" if plan.once_a_row_block and not plan.megacore_rows else "parallel"
     made = pl.pallas_call(
         functools.partial(tpu_kernel.kernel, plan, bool(interpret), (*names, *outs, *scratch)),
         grid=plan.grid,
@@ -138,7 +138,7 @@ def operands(
         out.append(_lhs_side(plan, "lhs_scale", lhs.scale))
     if lhs.zero_point is not None:
         out.append(_lhs_side(plan, "lhs_zero", _wide(lhs.zero_point)))
-    return out + _epilogue_operands(plan, extras)
+    return out + _low_rank_operands(plan, extras) + _epilogue_operands(plan, extras)
 
 
 def _weight(plan: Plan, name: str, w: Tensor) -> list[tuple[str, jax.Array, pl.BlockSpec]]:
@@ -154,6 +154,41 @@ def _weight(plan: Plan, name: str, w: Tensor) -> list[tuple[str, jax.Array, pl.B
     if w.zero_point is not None:
         out.append(_rhs_side(plan, f"{name}_zero", _wide(w.zero_point)))
     return out
+
+
+def _low_rank_operands(plan: Plan, extras: Extras) -> list[tuple[str, jax.Array, pl.BlockSpec]]:
+    """The update's factors in bfloat16, the first one as [batch, rank, K], which is how XLA keeps it."""
+    if extras.low_rank_a is None or extras.low_rank_b is None:
+        return []
+    wide = lambda x, axis: _padded(x.astype(jnp.bfloat16), axis, plan.rank)
+    a, b = wide(jnp.swapaxes(extras.low_rank_a, 1, 2), 1), wide(extras.low_rank_b, 1)
+    # As the rows, it is not read again after the first column block.
+    last = plan.steps_k - 1
+    of_a = lambda j, k: jnp.where(j == 0, k, last) if last and not plan.megacore_rows else k
+    out = [
+        (
+            "low_rank_a",
+            a,
+            pl.BlockSpec((1, plan.rank, plan.block_k), lambda b_, i, j, k: (_or_0(a, 0, b_), 0, of_a(j, k))),
+        ),
+        (
+            "low_rank_b",
+            b,
+            pl.BlockSpec((1, plan.rank, plan.block_n), lambda b_, i, j, k: (_or_0(b, 0, b_), 0, j)),
+        ),
+    ]
+    if extras.low_rank_mask is not None:
+        mask = _padded(extras.low_rank_mask, 2, plan.rank)
+        rows = plan.block_m if mask.shape[1] > 1 else 1
+        index = lambda b_, i, j, k: (_or_0(mask, 0, b_), _or_0(mask, 1, i), 0)
+        out.append(("low_rank_mask", mask, pl.BlockSpec((1, rows, plan.rank), index)))
+    return out
+
+
+def _padded(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """With zeros up to `size` along an axis."""
+    missing = size - x.shape[axis]
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
 
 
 def _epilogue_operands(plan: Plan, extras: Extras) -> list[tuple[str, jax.Array, pl.BlockSpec]]:
@@ -249,6 +284,11 @@ def scratch_shapes(plan: Plan) -> dict[str, Any]:
         out["row_scale"] = pltpu.VMEM((plan.steps_k, plan.lhs_tiles(), bm, LANES), jnp.float32)
     elif plan.problem.quantize_lhs is not None and not plan.rows_given and not plan.folds_lhs:
         out["row_scale"] = pltpu.VMEM((plan.steps_k, bm, plan.lhs_tiles()), jnp.float32)
+    if plan.problem.low_rank:
+        out["low_rank_t"] = pltpu.VMEM((bm, plan.rank), jnp.bfloat16)
+        if plan.steps_k > 1:
+            shape = (plan.rank, bm) if plan.turns_low_rank else (bm, plan.rank)
+            out["low_rank_sum"] = pltpu.VMEM(shape, jnp.float32)
     if plan.prepare_rhs:
         shape = (bn, bk) if plan.problem.rhs_transposed else (bk, bn)
         for name in ("rhs_ready", "gate_ready")[: plan.problem.products]:
@@ -260,5 +300,5 @@ def _cost(plan: Plan, arrays: tuple[jax.Array, ...]) -> pl.CostEstimate:
     p = plan.problem
     moved = sum(a.size * dtype_bits(a.dtype.name) // 8 for a in arrays)
     moved += p.batch * p.m * p.n * dtype_bits(p.out_dtype) // 8
-    flops = 2 * p.products * p.batch * p.m * p.n * p.k
+    flops = 2 * p.products * p.batch * p.m * p.n * p.k + 2 * p.batch * p.m * plan.rank * (p.n + p.k)
     return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwix_kernels.matmul import elementwise
+from qwix_kernels.matmul import elementwise, tpu_low_rank
 from qwix_kernels.matmul import tpu_values as values
 from qwix_kernels.matmul.tpu_plan import Plan
 
@@ -54,19 +54,21 @@ def lhs_scale(plan: Plan, r: Refs, step: Any, rows: Any, t: int) -> jax.Array:
     return r["lhs_scale"][0, 0, values.given_rows(r["lhs_scale"], rows), t : t + 1].astype(jnp.float32)
 
 
-def finish(plan: Plan, r: Refs, rows: Any, sums: list[jax.Array]) -> None:
+def finish(plan: Plan, r: Refs, rows: Any, sums: list[jax.Array], emulate: bool) -> None:
     """Makes the result of the sums with each weight, and stores the rows."""
-    e, z = plan.problem.epilogue, result(plan, r, rows, sums)
+    e, z = plan.problem.epilogue, result(plan, r, rows, sums, emulate)
     if e and e.quantize:
         _store_quantized(plan, r, rows, z)
     else:
         r["out"][0, rows, :] = z.astype(plan.problem.out_dtype)
 
 
-def result(plan: Plan, r: Refs, rows: Any, sums: list[jax.Array]) -> jax.Array:
+def result(plan: Plan, r: Refs, rows: Any, sums: list[jax.Array], emulate: bool = False) -> jax.Array:
     """What is stored, before it is rounded or quantized: of the sums with each weight."""
     e = plan.problem.epilogue
     sums = [_scaled(plan, w, rows, s) for w, s in zip(weights(plan, r), sums, strict=True)]
+    if plan.problem.low_rank:
+        sums[0] = sums[0].astype(jnp.float32) + tpu_low_rank.added(emulate, r, rows)
     if e is None:
         return sums[0]
     z, *gate = [s.astype(jnp.float32) for s in sums]

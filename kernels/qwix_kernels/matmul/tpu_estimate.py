@@ -330,7 +330,7 @@ def _idle(plan: Plan, chip: Chip) -> float:
     if chip.name != "v5p":
         return 1.0
     b, rows, columns, _ = plan.grid
-    split = [b, rows] + ([columns] if plan.megacore_rows or not plan.has_prologue else [])
+    split = [b, rows] + ([columns] if plan.megacore_rows or not plan.once_a_row_block else [])
     return min(pl_cdiv(count, chip.cores) * chip.cores / count for count in split)
 
 

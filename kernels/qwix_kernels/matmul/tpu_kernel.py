@@ -78,7 +78,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from qwix_kernels.matmul import tpu_epilogue, tpu_rows, tpu_weights
+from qwix_kernels.matmul import tpu_epilogue, tpu_low_rank, tpu_rows, tpu_weights
 from qwix_kernels.matmul import tpu_values as values
 from qwix_kernels.matmul.tpu_config import LANES
 from qwix_kernels.matmul.tpu_plan import Plan
@@ -94,6 +94,12 @@ def kernel(plan: Plan, emulate: bool, names: tuple[str, ...], *refs: Any) -> Non
             @pl.when(first)
             def _():
                 tpu_rows.prepare(plan, r, step, plan.block_m)
+
+        if plan.problem.low_rank:
+
+            @pl.when(first)
+            def _():
+                tpu_low_rank.prepare(plan, emulate, r, step)
 
         _block_step(plan, emulate, r, step)
     elif plan.megacore_rows or plan.grid[2] == 1:
@@ -117,6 +123,8 @@ def _block_step(
         for weight in tpu_epilogue.weights(plan, r):
             tpu_weights.prepare(plan, weight, step)
     if with_rows:
+        if plan.problem.low_rank:
+            tpu_low_rank.prepare(plan, emulate, r, step)
         part = plan.overlapped_part
         ahead = plan.block_m - plan.overlapped_rows
         if ahead:
@@ -139,7 +147,8 @@ def _rows_step(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, ro
     """Dots, running sums and result of some rows of the block."""
     weights = tpu_epilogue.weights(plan, r)
     if plan.steps_k == 1:
-        tpu_epilogue.finish(plan, r, rows, [dot_block(plan, emulate, w, step, rows) for w in weights])
+        sums = [dot_block(plan, emulate, w, step, rows) for w in weights]
+        tpu_epilogue.finish(plan, r, rows, sums, emulate)
         return
 
     @pl.when(step == 0)
@@ -152,7 +161,7 @@ def _rows_step(plan: Plan, emulate: bool, r: dict[str, Any], step: jax.Array, ro
 
     @pl.when(step == plan.steps_k - 1)
     def _():
-        tpu_epilogue.finish(plan, r, rows, [w["acc"][rows, :] for w in weights])
+        tpu_epilogue.finish(plan, r, rows, [w["acc"][rows, :] for w in weights], emulate)
 
 
 # --- the dots

@@ -2,8 +2,8 @@
 
 The kernel refuses some of what is fused round a product: whole rows of a wide result cannot be quantized
 where only a part of their columns is at hand, a normalised row must fit one block. What is left out then, in
-this order: the quantization of the result, all that follows the product, the normalisation. Of those that
-run, the one with the least static time is taken; `Estimate.note` says which.
+this order: the quantization of the result, all that follows the product, a low-rank update, the
+normalisation. Of those that run, the one with the least static time is taken; `Estimate.note` says which.
 """
 
 from __future__ import annotations
@@ -70,12 +70,20 @@ def run(
         assert extras.norm_weight is not None
         normed = elementwise.rms_norm(lhs.values, extras.norm_weight, problem.norm)
         lhs, extras = Tensor(normed.astype(part.lhs.dtype)), dataclasses.replace(extras, norm_weight=None)
-    if problem.epilogue == part.epilogue:
+    if problem.epilogue == part.epilogue and problem.low_rank == part.low_rank:
         return kernel(lhs, rhs, extras)
     before = extras.of_rows
     if part.epilogue is None:
-        z = kernel(lhs, rhs, before)
-        gate = None if extras.gate is None else kernel(lhs, extras.gate, before)
+        if part.low_rank:
+            z = kernel(lhs, rhs, dataclasses.replace(extras.of_low_rank, **before.given))
+        else:
+            z = kernel(lhs, rhs, before)
+        if problem.low_rank and not part.low_rank:
+            z = elementwise.add_low_rank(problem, z, lhs.values, extras)
+        of_gate: Any = functools.partial(
+            tpu.run, _of_gate(part), config=config, chip=chip, interpret=interpret
+        )
+        gate = None if extras.gate is None else of_gate(lhs, extras.gate, before)
         return elementwise.finish(problem, z, gate, extras)
     z = kernel(lhs, rhs, dataclasses.replace(extras, out_scale=None))
     assert problem.epilogue
@@ -109,12 +117,19 @@ def _parts(problem: MatmulProblem) -> list[MatmulProblem]:
         parts.append(less(problem, epilogue=dataclasses.replace(e, quantize=None)))
     if e:
         parts.append(less(problem, epilogue=None))
+    if problem.low_rank:
+        parts.append(less(problem, epilogue=None, low_rank=None))
     if problem.norm:
         # A normalised row is quantized from float32, and multiplied in the dtype that it had.
         dtype = "float32" if problem.quantize_lhs else problem.lhs.dtype
         lhs = dataclasses.replace(problem.lhs, dtype=dtype)
         parts += [dataclasses.replace(part, norm=None, lhs=lhs) for part in parts]
     return parts
+
+
+def _of_gate(part: MatmulProblem) -> MatmulProblem:
+    """The problem of the gate's product, which no update is added to."""
+    return dataclasses.replace(part, low_rank=None)
 
 
 def _outside_us(problem: MatmulProblem, part: MatmulProblem, chip: Chip) -> float:
@@ -125,6 +140,10 @@ def _outside_us(problem: MatmulProblem, part: MatmulProblem, chip: Chip) -> floa
     moved, passes = 0.0, 0
     if problem.norm and not part.norm:
         moved += 2 * cost.operand_bytes(problem.lhs, problem.k) + cost.operand_bytes(part.lhs, problem.k)
+        passes += 2
+    if problem.low_rank and not part.low_rank:
+        moved += cost.operand_bytes(problem.lhs, problem.k)
+        moved += cost.result_bytes(part) + cost.result_bytes(problem)
         passes += 2
     if problem.epilogue != part.epilogue:
         reads = problem.products // part.products * cost.result_bytes(part)

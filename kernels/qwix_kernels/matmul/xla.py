@@ -60,12 +60,15 @@ def run(
     slower, for a batch of them; and 1024 rows at once take twice the time.
     `apart`: see the module's header. Not for programs that the compiler partitions over devices.
     """
+    given = lhs.values
     lhs = _prepare_apart(problem, lhs, extras) if apart else elementwise.prepare(problem, lhs, extras)
     product = _multiply_apart if apart else multiply
     if one_by_one and problem.batch > 1:
         product = _one_by_one
     rows = ROWS_AT_ONCE if one_by_one else None
     z = product(problem, lhs, rhs, rows)
+    if problem.low_rank:
+        z = elementwise.add_low_rank(problem, z, given, extras)
     gate = None if extras.gate is None else product(problem, lhs, extras.gate, rows)
     return elementwise.finish(problem, z, gate, extras)
 
@@ -92,7 +95,13 @@ def _prepare_apart(problem: MatmulProblem, lhs: Tensor, extras: Extras) -> Tenso
         return lhs
     # Nothing that the rows do not depend on, so that weights of different widths share the function.
     rows = dataclasses.replace(
-        problem, n=1, rhs=Operand("float32", 1, 1), rhs_transposed=False, precision=None, epilogue=None
+        problem,
+        n=1,
+        rhs=Operand("float32", 1, 1),
+        rhs_transposed=False,
+        precision=None,
+        epilogue=None,
+        low_rank=None,
     )
     return _prepare_once(rows, lhs, extras.of_rows)
 
@@ -102,7 +111,7 @@ def _multiply_apart(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, rows: int 
     w = problem.rhs
     if problem.rhs_transposed or not _halves(jnp.dtype(w.dtype), problem.n, w.tile_free or 1):
         return multiply(problem, lhs, rhs, rows)
-    product = dataclasses.replace(problem, norm=None, quantize_lhs=None, epilogue=None)
+    product = dataclasses.replace(problem, norm=None, quantize_lhs=None, epilogue=None, low_rank=None)
     return _multiply_once(product, lhs, rhs, rows)
 
 

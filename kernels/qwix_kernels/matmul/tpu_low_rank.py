@@ -1,0 +1,72 @@
+"""The low-rank update in the TPU matmul kernel: t = lhs @ a once for a block of rows, t @ b in each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from qwix_kernels.matmul import tpu_values as values
+from qwix_kernels.matmul.tpu_config import LANES
+from qwix_kernels.matmul.tpu_plan import Plan
+
+Refs = dict[str, Any]
+_PIECE = 16 * LANES  # lanes of rows that are multiplied at a time
+
+
+def prepare(plan: Plan, emulate: bool, r: Refs, step: jax.Array) -> None:
+    """Adds this K block's part of lhs @ a; the last one leaves the rows' t for all column blocks."""
+    total: Any = None
+    for lo in range(0, plan.block_k, _PIECE):
+        lanes = slice(lo, min(lo + _PIECE, plan.block_k))
+        a = values.zero_past(r["low_rank_a"][0, :, lanes], plan.k_limit(step), lo, axis=1)
+        x = _rows(plan, r, step, lanes)
+        pair = (a, x) if plan.turns_low_rank else (x, a)
+        part = _dot(emulate, *pair, ((1,), (1,)))
+        total = part if total is None else total + part
+    if plan.steps_k == 1:
+        _keep(plan, r, total)
+        return
+
+    @pl.when(step == 0)
+    def _():
+        r["low_rank_sum"][...] = total
+
+    @pl.when(step > 0)
+    def _():
+        r["low_rank_sum"][...] += total
+
+    @pl.when(step == plan.steps_k - 1)
+    def _():
+        _keep(plan, r, r["low_rank_sum"][...])
+
+
+def _keep(plan: Plan, r: Refs, total: jax.Array) -> None:
+    low_rank = plan.problem.low_rank
+    assert low_rank
+    t = (total.T if plan.turns_low_rank else total) * jnp.float32(low_rank.scaling)
+    if low_rank.mask_dtype:
+        t = t * r["low_rank_mask"][0].astype(jnp.float32)
+    r["low_rank_t"][...] = t.astype(jnp.bfloat16)
+
+
+def added(emulate: bool, r: Refs, rows: Any) -> jax.Array:
+    """The update's part of the result of some rows, [rows, block_n] in float32."""
+    return _dot(emulate, r["low_rank_t"][rows, :], r["low_rank_b"][0], ((1,), (0,)))
+
+
+def _rows(plan: Plan, r: Refs, step: jax.Array, lanes: slice) -> jax.Array:
+    """The rows as they were given, in bfloat16, zero past the end of K."""
+    if plan.prepare_lhs and plan.problem.quantize_lhs is None:
+        return r["lhs_ready"][step, :, lanes]
+    x = values.zero_past(r["lhs"][0, :, lanes], plan.k_limit(step), lanes.start, axis=1)
+    return x.astype(jnp.bfloat16)
+
+
+def _dot(emulate: bool, a: jax.Array, b: jax.Array, axes: Any) -> jax.Array:
+    precision = lax.Precision.HIGHEST if emulate else None
+    a, b = (x.astype(jnp.float32) if emulate else x for x in (a, b))
+    return lax.dot_general(a, b, (axes, ((), ())), precision, jnp.float32)

@@ -1,0 +1,120 @@
+"""A matmul with a low-rank update of its weight: within the bound of the float64 reference, in every form."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from qwix_kernels import matmul
+from qwix_kernels.chips import CHIPS
+from qwix_kernels.matmul import problem_of, reference, tpu
+from qwix_kernels.problem import Extras, RowQuantize, Tensor
+
+INTERPRET = pltpu.InterpretParams(detect_races=True)
+INT8_ROWS = RowQuantize("int8", 127.5)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_interpreter():
+    yield
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def normal(seed, shape, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def weight(name: str, shape, tile: int, transposed: bool = False) -> Tensor:
+    """[batch, K, N] values of a scheme with scales by column and K tile; [batch, N, K] if transposed."""
+    batch, k, n = shape
+    rng = np.random.default_rng(7)
+    if name == "float8_e4m3fn":
+        values = normal(7, shape).astype(name)
+    else:
+        low, high, stored = {"nf4": (0, 16, "uint4"), "int4": (-8, 8, "int4"), "int8": (-128, 128, "int8")}[
+            name
+        ]
+        values = jnp.asarray(rng.integers(low, high, shape), stored)
+    scale = jnp.asarray(rng.uniform(0.01, 0.1, (batch, k // (tile or k), n)), jnp.float32)
+    turn = lambda x: jnp.swapaxes(x, 1, 2) if transposed else x
+    return Tensor(turn(values), turn(scale), None, "nf4" if name == "nf4" else None)
+
+
+def update(batch, m, k, n, rank, mask=False, dtype="bfloat16") -> Extras:
+    pick = jnp.asarray(np.random.default_rng(3).integers(0, 2, (batch, m, rank)), jnp.float32)
+    factors = normal(1, (batch, k, rank), dtype), normal(2, (batch, rank, n), dtype)
+    return Extras(low_rank_a=factors[0], low_rank_b=factors[1], low_rank_mask=pick if mask else None)
+
+
+def interpreted(chip, lhs, rhs, extras, config=None, **options):
+    """(result, problem) of the kernel; `config` is a `tpu.Config` or what `heuristic_config` says."""
+    problem = problem_of(lhs, rhs, extras, low_rank_scaling=0.5, **options)
+    tpu.check(problem, CHIPS[chip])
+    config = config or tpu.heuristic_config(problem, CHIPS[chip])
+    lhs, rhs = Tensor(lhs), rhs
+    return tpu.run(problem, lhs, rhs, extras, config=config, chip=CHIPS[chip], interpret=INTERPRET), problem
+
+
+def assert_within(got, problem, lhs, rhs, extras, multiplied=None):
+    want = reference.run(problem, Tensor(lhs), rhs, extras)
+    bound = reference.error_bound(problem, Tensor(lhs), rhs, extras, multiplied=multiplied)
+    worst = np.max(np.abs(np.asarray(got).astype(np.float64) - want) / bound)
+    assert worst <= 1, worst
+    return want, bound
+
+
+@pytest.mark.parametrize(
+    "chip,name,tile,config,rank",
+    [
+        ("v6e", "nf4", 64, tpu.Config(32, 128, 256, "before"), 16),
+        ("v5e", "int4", 128, tpu.Config(16, 128, 256, "after"), 8),
+        ("v7x", "int8", 0, tpu.Config(32, 256, 128), 1),  # K in two blocks
+        ("v6e", "float8_e4m3fn", 0, tpu.Config(128, 256, 256), 130),
+    ],
+)
+def test_kernel_is_within_the_bound(chip, name, tile, config, rank):
+    """M and N that blocks do not divide; rows in one block and in several, found in either order."""
+    m, k, n = 37, 256, 200
+    lhs, rhs, extras = (
+        normal(0, (1, m, k), "bfloat16"),
+        weight(name, (1, k, n), tile),
+        update(1, m, k, n, rank),
+    )
+    got, problem = interpreted(chip, lhs, rhs, extras, config, out_dtype="float32")
+    assert_within(got, problem, lhs, rhs, extras, "bfloat16")
+
+
+@pytest.mark.parametrize("block_k,block_m", [(384, 128), (128, 128), (256, 32)])
+def test_rows_that_the_kernel_quantizes(block_k, block_m):
+    """The update gets the rows before quantization. K in one block, in whole ones, and with a tail."""
+    lhs = normal(0, (1, 130, 384), "bfloat16")
+    rhs, extras = weight("int8", (1, 384, 128), 0), update(1, 130, 384, 128, 16, mask=True)
+    config = tpu.Config(block_m, 128, block_k)
+    got, problem = interpreted("v6e", lhs, rhs, extras, config, quantize_lhs=INT8_ROWS, out_dtype="float32")
+    want, _ = assert_within(got, problem, lhs, rhs, extras, "bfloat16")
+    without = dataclasses.replace(problem, low_rank=None)
+    assert np.abs(want - reference.run(without, Tensor(lhs), rhs)).max() > 1
+
+
+def test_batches_masks_and_the_epilogue():
+    """A weight and an update for each batch; the update comes before bias and activation."""
+    lhs, rhs = normal(0, (2, 20, 256), "float32"), weight("int4", (2, 128, 256), 128, transposed=True)
+    rhs = weight("int4", (2, 256, 128), 128, transposed=True)
+    extras = dataclasses.replace(update(2, 20, 256, 128, 16, mask=True), bias=normal(4, (1, 1, 128)))
+    config = tpu.Config(32, 128, 128, "before")
+    options = {"rhs_transposed": True, "activation": "silu", "out_dtype": "bfloat16"}
+    got, problem = interpreted("v7x", lhs, rhs, extras, config, **options)
+    assert_within(got, problem, lhs, rhs, extras, "bfloat16")
+
+
+def test_nothing_to_add_gives_the_base_bits():
+    lhs, rhs = normal(0, (1, 24, 256), "bfloat16"), weight("nf4", (1, 256, 128), 64)
+    extras = dataclasses.replace(update(1, 24, 256, 128, 16), low_rank_b=jnp.zeros((1, 16, 128)))
+    config = tpu.Config(32, 128, 256, "before")
+    got, problem = interpreted("v6e", lhs, rhs, extras, config, out_dtype="bfloat16")
+    base = dataclasses.replace(problem, low_rank=None)
+    want = tpu.run(base, Tensor(lhs), rhs, config=config, chip=CHIPS["v6e"], interpret=INTERPRET)
+    np.testing.assert_array_equal(got, want)
+    portable = matmul.matmul(lhs, rhs, extras, out_dtype="bfloat16")
+    np.testing.assert_array_equal(portable, matmul.matmul(lhs, rhs, out_dtype="bfloat16"))
