@@ -99,3 +99,31 @@ def test_what_is_wrong_is_named():
         dot_general_low_rank(x, rhs, LowRank(a, b, 1.0), DENSE, preferred_element_type=jnp.int32)
     with pytest.raises(ValueError, match="Sizes disagree"):
         dot_general_low_rank(x, w.T, LowRank(a, b, 1.0), DENSE)
+
+
+def test_one_op_where_the_weight_is_quantized():
+    """Axes in any order, a batch, and a mask that some rows share; the same as the two dots."""
+    numbers, x, w, a, b = _einsum_case()
+    rhs = qwix.quantize(w, "int8", channelwise_axes=(1, 2, 4))
+    for shape in ((2, 3, 3), (2, 1, 3), (1, 1, 1)):
+        mask = jnp.asarray(np.random.default_rng(4).integers(0, 2, shape), jnp.float32)
+        low_rank = LowRank(a, b, 2.0, mask)
+        run = lambda x, low_rank: dot_general_low_rank(x, rhs, low_rank, numbers)
+        assert "qwix_matmul" in str(jax.make_jaxpr(run)(x, low_rank))
+        apart = qwix.ops.qdot_general(x, rhs, numbers) + low_rank_delta(x, low_rank, numbers)
+        np.testing.assert_allclose(run(x, low_rank), apart, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_against_the_two_dots():
+    x, w = _normal(0, (4, 3, 32)), qwix.quantize(_normal(1, (32, 16)), "nf4", channelwise_axes=(1,))
+    numbers = (((2,), (0,)), ((), ()))
+    args = x, _normal(2, (32, 4)), _normal(3, (4, 16)), jnp.asarray([[[0, 1, 1, 0.5]]])
+    g = _normal(5, (4, 3, 16))
+    fused = lambda x, a, b, mask: dot_general_low_rank(x, w, LowRank(a, b, 0.5, mask), numbers)
+    plain = lambda x, a, b, mask: (
+        jnp.einsum("bmk,kn->bmn", x, w.dequantize(), precision="highest")
+        + low_rank_delta(x, LowRank(a, b, 0.5, mask), numbers, precision="highest")
+    )
+    got, want = (jax.vjp(f, *args)[1](g) for f in (fused, plain))
+    for mine, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-4, atol=2e-4)

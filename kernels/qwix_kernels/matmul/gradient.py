@@ -124,7 +124,7 @@ def _turned_low_rank(problem: MatmulProblem, extras: Extras) -> tuple[Extras | N
     return turned, problem.low_rank.scaling
 
 
-def _of_low_rank(problem: MatmulProblem, x: jax.Array, extras: Extras, dz: jax.Array) -> dict[str, jax.Array]:
+def _of_low_rank(problem: MatmulProblem, x: jax.Array, extras: Extras, dz: jax.Array) -> dict[str, Any]:
     """The gradients of the update's arrays, from those of the sums; products of K or N with rank columns.
 
     With t = x @ a * mask and s = dz @ b.T, times the scaling: a gets x.T @ (s * mask), b gets t.T @ dz, and

@@ -1,22 +1,26 @@
 """A dot and a low-rank update of its weight: lhs @ rhs + scaling * (lhs @ a) @ b (LoRA, arXiv 2106.09685).
 
 The update never becomes a matrix of the weight's shape. Both products are accumulated in float32, their sum
-is rounded once, and the weight stays as it is stored.
+is rounded once, and the weight stays as it is stored. Where `dot_general` would use the kernel's op, that op
+takes the update too, so that a kernel reads lhs once; anything else is two dots and a sum.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from qwix_kernels import matmul as matmul_kernel
+from qwix_kernels.problem import Extras
 
 from qwix._src.core import dot_general as _dot
-from qwix._src.core import dot_plan, explicit_mesh
+from qwix._src.core import dot_plan, explicit_mesh, layout
 from qwix._src.core.calibration import HowToQuantize
 from qwix._src.core.dot_general import Operand
 from qwix._src.core.transposed_qarray import DotDimensionNumbers
@@ -126,31 +130,61 @@ def dot_general_low_rank(
     >>> dot_general_low_rank(x, w, update, (((1,), (0,)), ((), ()))).shape
     (2, 4)
     """
-    numbers = _checked(lhs, low_rank, dimension_numbers, tuple(rhs.shape))
-    plan = dot_plan.make_plan(
-        lhs,
-        rhs,
-        numbers,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-        act_how=act_how,
-    )
+    _checked(lhs, low_rank, dimension_numbers, tuple(rhs.shape))
+    lhs, rhs, numbers = _dot._operands(lhs, rhs, dimension_numbers, act_how)
+    options: Any = {
+        "precision": precision,
+        "preferred_element_type": preferred_element_type,
+        "act_how": act_how,
+    }
+    if out_sharding is not None:
+        run = lambda lhs, rhs, low_rank: dot_general_low_rank(
+            lhs, rhs, low_rank, numbers, implementation=implementation, **options
+        )
+        return explicit_mesh.laid_out(run, out_sharding)(lhs, rhs, low_rank)
+    plan = dot_plan.make_plan(lhs, rhs, numbers, **options)
     if not jnp.issubdtype(plan.result, jnp.floating):
         raise TypeError(
             f"A dot with a low-rank update gives floats; preferred_element_type is {plan.result}."
         )
-    base = _dot.dot_general(
-        lhs,
-        rhs,
-        numbers,
-        precision,
-        jnp.promote_types(plan.result, jnp.float32),
-        act_how=act_how,
-        implementation=implementation,
-        out_sharding=out_sharding,
+    rows, extras = (None, None) if act_how is None else _dot._rows(lhs, act_how, None, plan)
+    if plan.kind == "kernel" and (act_how is None or rows is not None):
+        out = matmul_kernel.matmul(
+            _dot._tensor(lhs, plan.lhs, "lhs"),
+            _dot._tensor(rhs, plan.rhs, "rhs"),
+            _extras(extras or Extras(), low_rank, numbers, plan),
+            quantize_lhs=rows,
+            rhs_transposed=plan.rhs.k_last,
+            out_dtype=plan.result,
+            precision=precision,
+            low_rank_scaling=low_rank.scaling,
+            implementation=implementation,
+        )
+        return out.reshape(plan.out_shape)
+    options["preferred_element_type"] = jnp.promote_types(plan.result, jnp.float32)
+    base = _dot.dot_general(lhs, rhs, numbers, implementation=implementation, **options)
+    return (base + low_rank_delta(lhs, low_rank, numbers, precision=precision)).astype(plan.result)
+
+
+def _extras(extras: Extras, low_rank: LowRank, numbers: DotDimensionNumbers, plan: dot_plan.Plan) -> Extras:
+    """The update as the kernel's op takes it: [batch, K, rank], [batch, rank, N], [batch, M or 1, rank]."""
+    count, rank = len(plan.rhs.batch), low_rank.rank
+    given = list(numbers[0][1])
+    order = [count + given.index(axis) for axis in plan.rhs.contracting]  # K is merged in the rhs' own order
+    a = layout.transpose_array(low_rank.a, [*range(count), *order, low_rank.a.ndim - 1])
+    batch = math.prod(plan.rhs.shape[axis] for axis in plan.rhs.batch)
+    mask = low_rank.row_mask
+    if mask is not None:
+        rows = [plan.lhs.shape[axis] for axis in (*plan.lhs.batch, *plan.lhs.free)]
+        shared = all(size == 1 for size in mask.shape[:-1])
+        mask = jnp.broadcast_to(mask, (*(mask.shape[:-1] if shared else rows), rank))
+        mask = mask.reshape(1 if shared else batch, -1, rank)
+    return dataclasses.replace(
+        extras,
+        low_rank_a=a.reshape(batch, -1, rank),
+        low_rank_b=low_rank.b.reshape(batch, rank, -1),
+        low_rank_mask=mask,
     )
-    delta = low_rank_delta(lhs, low_rank, numbers, precision=precision, out_sharding=out_sharding)
-    return (base + delta).astype(plan.result)
 
 
 def _checked(
