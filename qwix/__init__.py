@@ -16,6 +16,7 @@ from qwix._src.core.sparsity import SparsityRule
 from qwix._src.core.transposed_qarray import TransposedQArray, transpose_qarray
 from qwix._src.model import quantize_model
 from qwix._src.providers.boxed_param import BoxedParamProvider
+from qwix._src.providers.lora import LoraProvider, LoraRule, apply_lora_to_model
 from qwix._src.providers.ptq import PtqProvider
 from qwix._src.providers.qt import QtProvider, QtRule
 from qwix._src.qconfig import QuantizationProvider, QuantizationRule, get_current_rule
@@ -30,6 +31,8 @@ __all__ = [
     "BoxedParamProvider",
     "ExponentialMovingAverage",
     "HowToQuantize",
+    "LoraProvider",
+    "LoraRule",
     "PtqProvider",
     "QArray",
     "QtProvider",
@@ -43,6 +46,7 @@ __all__ = [
     "TransposedQArray",
     "WithAux",
     "__version__",
+    "apply_lora_to_model",
     "conv_general_dilated",
     "dequantize",
     "dot",

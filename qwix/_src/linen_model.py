@@ -16,6 +16,7 @@ from flax import traverse_util
 from flax.core import scope as flax_scope
 
 from qwix._src import interception, linen_scope, model_class, op_trace, qconfig, qt_linen
+from qwix._src.adapter import SUFFIXES, Adapter
 from qwix._src.core import qarray
 from qwix._src.model_weights import Discovery, Found
 from qwix._src.providers.boxed_param import BoxedParamProvider, create_quantized_param
@@ -54,12 +55,15 @@ def call(
     elif not isinstance(provider, BoxedParamProvider):
         with qconfig.running(provider), flax_util.linen_root(model):
             output = _intercepted(provider, plain)(model, *args, **kwargs)
-    elif model.is_initializing() and not _holds_quantized(model):
-        output = _initialize(provider, plain, model, args, kwargs)
     else:
-        params = linen_scope.params_of(model)
-        scales = StaticScales(lambda path, name: _get(params, path, name), None)
-        output = _run(provider, scales, model, lambda: plain(model, *args, **kwargs))
+        key = lambda name: model.make_rng(name) if model.has_rng(name) else None
+        kwargs, options = provider.take_options(plain, kwargs, key)
+        if model.is_initializing() and not _holds_quantized(model):
+            output = _initialize(provider, plain, model, args, kwargs, options)
+        else:
+            params = linen_scope.params_of(model)
+            scales = StaticScales(lambda path, name: _get(params, path, name), None)
+            output = _run(provider, scales, model, lambda: plain(model, *args, **kwargs), options)
     return provider.process_model_output(method, output)
 
 
@@ -81,9 +85,15 @@ def _with_scope_param(
 _SCOPE_PARAM = {"flax.core.scope.Scope.param": lambda *args, **kwargs: _scope_param(*args, **kwargs)}
 
 
-def _run(provider: BoxedParamProvider, scales: StaticScales, model: nn.Module, fn: Callable[[], Any]) -> Any:
+def _run(
+    provider: BoxedParamProvider,
+    scales: StaticScales,
+    model: nn.Module,
+    fn: Callable[[], Any],
+    options: Mapping[str, Any],
+) -> Any:
     """Runs code of the module with its ops carried out by the provider."""
-    handler = provider.op_handler(scales, strict=True)
+    handler = provider.op_handler(scales, strict=True, **options)
     with qconfig.running(provider), flax_util.linen_root(model):
         run = _intercepted(provider, op_trace.run, **_SCOPE_PARAM)
         return run(handler, lambda _: fn())
@@ -103,7 +113,7 @@ def _scope_param(
     if not isinstance(stored, WithAux):
         value = flax_scope.Scope.param(scope, name, init_fn, *args, unbox=unbox, **kwargs)
         is_array = unbox and hasattr(value, "dtype") and jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
-        return tag(value, info) if is_array and stored is not None else value
+        return tag(value, info, _adapter(scope, info)) if is_array and stored is not None else value
     scope.reserve(name, "params")
     expected = jax.eval_shape(lambda: init_fn(jax.random.key(0), *args, **kwargs))
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(expected)]
@@ -114,11 +124,27 @@ def _scope_param(
         )
     if stored.info is not None:
         info = dataclasses.replace(stored.info, path=info.path, name=name)
-    return tag(stored.unboxed, info)
+    return tag(stored.unboxed, info, _adapter(scope, info))
+
+
+def _adapter(scope: flax_scope.Scope, info: WeightInfo) -> Adapter | None:
+    """The adapter that the scope holds beside the weight."""
+    names = {part: info.name + suffix for part, suffix in SUFFIXES.items()}
+    if not scope.has_variable("params", names["a"]):
+        return None
+    arrays = {part: flax_util.unbox(scope.get_variable("params", name)) for part, name in names.items()}
+    run = qconfig.current_run()
+    known = getattr(run.provider if run else None, "adapters", {})
+    return Adapter(**arrays, spec=known.get((*(info.path or ()), info.name)))
 
 
 def _initialize(
-    provider: BoxedParamProvider, plain: Callable[..., Any], model: nn.Module, args: Any, kwargs: Any
+    provider: BoxedParamProvider,
+    plain: Callable[..., Any],
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    options: Mapping[str, Any],
 ) -> Any:
     """Makes float params, quantizes them where they are, and returns what the quantized module does."""
     scope = linen_scope.scope_of(model)
@@ -129,22 +155,24 @@ def _initialize(
     apply = lambda variables: model.clone(parent=None).apply(
         variables, *args, rngs=rngs, mutable=True, method=plain, **kwargs
     )[0]
-    found = _discover(provider, model, variables, apply)
+    seen = _discover(provider, model, variables, apply)
     params = scope._mutable_collection("params")
-    for key, what in found.items():
+    boxes = {key: flax_util.get_value_from_path(params, key) for key in seen.adapters}
+    for key, what in seen.found.items():
         _quantize(provider, params, key, what)
+    provider.complete_linen(params, seen, boxes, lambda: model.make_rng("params"))
     stored = {"params": flax_util.unbox(linen_scope.plain(params))}
     writes = lambda path, name, value: linen_scope.put(params, path, name, value)
     scales = StaticScales(lambda path, name: _get(params, path, name), writes)
     provider.finish()
-    output = _run(provider, scales, model, lambda: apply({**variables, **before, **stored}))
+    output = _run(provider, scales, model, lambda: apply({**variables, **before, **stored}), options)
     scales.finish()
     return output
 
 
 def _discover(
     provider: BoxedParamProvider, model: nn.Module, variables: Mapping[str, Any], apply: Callable[[Any], Any]
-) -> dict[tuple[str | int, ...], Found]:
+) -> Discovery:
     handler = Discovery(provider)
     flat = traverse_util.flatten_dict(variables.get("params", {}))
     rest = {collection: tree for collection, tree in variables.items() if collection != "params"}
@@ -158,7 +186,7 @@ def _discover(
             _intercepted(provider, op_trace.run, **_SCOPE_PARAM)(handler, run)
 
     jax.eval_shape(body, flat, rest)
-    return handler.found
+    return handler
 
 
 def _quantize(provider: BoxedParamProvider, params: Any, key: tuple[Any, ...], what: Found) -> None:

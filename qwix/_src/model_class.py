@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qwix._src import qconfig
 
+_NONE: Mapping[str, Any] = types.MappingProxyType({})
 # (provider, original class, method's name, model, args, kwargs) -> the method's result
 Call = Callable[[qconfig.QuantizationProvider, type, str, Any, Any, Any], Any]
 
@@ -56,22 +58,37 @@ def running(provider: qconfig.QuantizationProvider) -> bool:
     return any(run.provider is provider for run in qconfig.all_runs())
 
 
-def make(base: type, provider: qconfig.QuantizationProvider, methods: Sequence[str], call: Call) -> type:
-    """The subclass. A call inside such a call is a plain one."""
-    key = base, tuple(methods), call
+def make(
+    base: type,
+    provider: qconfig.QuantizationProvider,
+    methods: Sequence[str],
+    call: Call,
+    attributes: Mapping[str, Any] = _NONE,
+) -> type:
+    """The subclass. A call inside such a call is a plain one. `attributes` are those of the class: what has a
+    name is of one kind.
+    """
+    key = base, tuple(methods), call, tuple(attributes)
     if key not in provider.classes:
-        provider.classes[key] = _make(base, provider, tuple(methods), call)
+        provider.classes[key] = _make(base, provider, tuple(methods), call, attributes)
     return provider.classes[key]
 
 
-def _make(base: type, provider: qconfig.QuantizationProvider, methods: tuple[str, ...], call: Call) -> type:
+def _make(
+    base: type,
+    provider: qconfig.QuantizationProvider,
+    methods: tuple[str, ...],
+    call: Call,
+    attributes: Mapping[str, Any],
+) -> type:
     namespace: dict[str, Any] = {
         "_qwix_provider": provider,
         "_unquantized_type": base,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "__reduce__": functools.partialmethod(_reduce, methods, call),
+        "__reduce__": functools.partialmethod(_reduce, methods, call, attributes),
+        **attributes,
     }
     for method in methods:
         namespace[method] = _method(base, provider, method, call)
@@ -93,8 +110,12 @@ def _method(
     return quantized
 
 
-def _reduce(self: Any, methods: tuple[str, ...], call: Call) -> tuple[Any, ...]:
-    return _rebuild, (type(self)._unquantized_type, type(self)._qwix_provider, methods, call), _state(self)
+def _reduce(
+    self: Any, methods: tuple[str, ...], call: Call, attributes: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    cls = type(self)
+    made_of = cls._unquantized_type, cls._qwix_provider, methods, call, dict(attributes)
+    return _rebuild, made_of, _state(self)
 
 
 def _state(model: Any) -> Any:
@@ -102,6 +123,8 @@ def _state(model: Any) -> Any:
     return state() if state is not None else vars(model)
 
 
-def _rebuild(base: type, provider: Any, methods: tuple[str, ...], call: Call) -> Any:
-    cls: Any = make(base, provider, methods, call)
+def _rebuild(
+    base: type, provider: Any, methods: tuple[str, ...], call: Call, attributes: Mapping[str, Any]
+) -> Any:
+    cls: Any = make(base, provider, methods, call, attributes)
     return cls.__new__(cls)

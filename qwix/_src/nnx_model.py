@@ -23,6 +23,7 @@ from flax.nnx import bridge
 
 from qwix._src import interception, model_class, op_trace, qconfig, qt_nnx, standard_layers
 from qwix._src.core import qarray
+from qwix._src.lora_attribute import INFO
 from qwix._src.model_weights import Discovery, Found, Key
 from qwix._src.providers.boxed_param import BoxedParamProvider, create_quantized_param
 from qwix._src.providers.qt import QtProvider
@@ -55,11 +56,12 @@ def quantize_nnx_model(
     if isinstance(provider, BoxedParamProvider):
         _warn_of_bridges(fresh, provider)
         if run_once:
-            found = discover(fresh, provider, _caller(methods), (tuple(inputs), kwargs))
+            seen = discover(fresh, provider, _caller(methods), (tuple(inputs), kwargs))
         else:
-            found = discover(fresh, provider, lambda shadow: standard_layers.call_all(shadow), ())
-            _warn_of_others(fresh, provider, found)
-        convert(fresh, provider, found)
+            seen = discover(fresh, provider, lambda shadow: standard_layers.call_all(shadow), ())
+            _warn_of_others(fresh, provider, seen.found)
+        convert(fresh, provider, seen.found)
+        provider.complete_nnx(fresh, seen, rngs)
         _change_classes(fresh, provider)
     elif isinstance(provider, QtProvider):
         _warn_of_bridges(fresh, provider)
@@ -77,15 +79,21 @@ def quantize_nnx_model(
     return fresh
 
 
-def _change_classes(model: nnx.Module, provider: qconfig.QuantizationProvider) -> None:
+def _change_classes(model: nnx.Module, provider: BoxedParamProvider) -> None:
     quantized = {
-        s.path[:n] for s in slots(model) if isinstance(s.value, WithAux) for n in range(len(s.path) + 1)
+        s.path[:n]
+        for s in slots(model)
+        if isinstance(s.value, WithAux | nnx.LoRAParam)
+        for n in range(len(s.path) + 1)
     }
     for path, module in list(nnx.iter_modules(model)):
         cls = type(module)
-        if _keys(path) in quantized | {()} and not isinstance(module, nnx.List | nnx.Dict):
+        attributes = provider.class_attributes(module)
+        above = _keys(path) in quantized | {()}
+        if (above or attributes) and not isinstance(module, nnx.List | nnx.Dict):
             methods = model_class.public_methods(cls, nnx.Module)
-            object.__setattr__(module, "__class__", model_class.make(cls, provider, methods, call))
+            made = model_class.make(cls, provider, methods, call, attributes)
+            object.__setattr__(module, "__class__", made)
 
 
 def _pop_rngs(base: type, methods: Sequence[str], kwargs: dict[str, Any]) -> nnx.Rngs | None:
@@ -174,8 +182,8 @@ def discover(
     provider: qconfig.QuantizationProvider,
     use: Callable[..., None],
     inputs: Sequence[Any],
-) -> dict[Key, Found]:
-    """Which params to quantize, by an abstract run of `use(model, *inputs)`."""
+) -> Discovery:
+    """Which params to quantize or to adapt, by an abstract run of `use(model, *inputs)`."""
     graphdef, state = nnx.split(model)
     handler = Discovery(provider)
     leaves, rebuild = _abstract((state, *inputs))
@@ -192,7 +200,7 @@ def discover(
             _intercepted(provider, op_trace.run)(handler, run)
 
     jax.eval_shape(body, *leaves)
-    return handler.found
+    return handler
 
 
 def _abstract(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
@@ -311,7 +319,9 @@ def call(
         if isinstance(provider, BoxedParamProvider):
             scales = _static_scales(model, prefix, modules)
             run = _intercepted(provider, op_trace.run)
-            output = run(provider.op_handler(scales, strict=False), lambda _: fn(model, *args, **kwargs))
+            kwargs, options = provider.take_options(fn, kwargs, lambda name: _nnx_key(modules, name))
+            handler = provider.op_handler(scales, strict=False, **options)
+            output = run(handler, lambda _: fn(model, *args, **kwargs))
             scales.finish()
         else:
             output = _intercepted(provider, fn)(model, *args, **kwargs)
@@ -324,11 +334,30 @@ def _intercepted(provider: qconfig.QuantizationProvider, fn: Callable[..., Any])
     return fn
 
 
+def _nnx_key(modules: flax_util.Modules, stream: str) -> jax.Array | None:
+    """A fresh key of the first module that wants one; None where none does.
+
+    Raises ValueError where one does, and there are no rngs.
+    """
+    for _, module in modules:
+        wants = "qwix_rngs" in vars(module) and not getattr(module, "deterministic", True)
+        if not wants or getattr(module, "_qwix_converting", False):
+            continue
+        if module.qwix_rngs is None:
+            raise ValueError(
+                f"A model in training draws {stream} from the attribute qwix_rngs, which is None. Set it by "
+                f"model.set_attributes(qwix_rngs=nnx.Rngs({stream}=seed)), or call model.eval() first."
+            )
+        return module.qwix_rngs[stream]()
+    return None
+
+
 def _path(model: nnx.Module, modules: flax_util.Modules) -> tuple[str | int, ...]:
     """Where in the converted model this module is: its weights know."""
     for slot in slots(model, modules):
-        if isinstance(slot.value, WithAux) and slot.value.info and slot.value.info.path is not None:
-            whole = slot.value.info.path
+        info = slot.value.info if isinstance(slot.value, WithAux) else slot.value.get_metadata().get(INFO)
+        if info is not None and info.path is not None:
+            whole = info.path
             start = len(whole) - len(slot.path)
             if whole[start:] == slot.path:
                 return whole[:start]

@@ -6,9 +6,6 @@ know, see op_trace); anywhere else a jnp function gets the dequantized array.
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -16,6 +13,7 @@ import jax
 from flax import nnx
 
 from qwix._src import prepack, qconfig
+from qwix._src.array_like import ArrayLike
 from qwix._src.core import qarray
 from qwix._src.utils import flax_util
 from qwix._src.weight import WeightInfo, tag
@@ -24,7 +22,7 @@ _ANONYMOUS = WeightInfo(None, "weight")
 
 
 @flax.struct.dataclass
-class WithAux[T]:
+class WithAux[T](ArrayLike):
     """A quantized param (or a static scale), how it was quantized, and whose it is.
 
     Attributes:
@@ -60,14 +58,6 @@ class WithAux[T]:
         return tuple(flax_util.unbox(self.array).shape)
 
     @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
     def dtype(self) -> Any:
         """The dtype of the float weight."""
         return flax_util.unbox(self.array).dtype
@@ -76,36 +66,5 @@ class WithAux[T]:
         payload = self.unboxed
         return tag(payload, self.info or _ANONYMOUS) if isinstance(payload, qarray.QArray) else payload
 
-    def __getitem__(self, index: Any) -> Any:
-        value = self.__jax_array__()
-        return value if index is Ellipsis else value[index]
-
-    def get_value(self) -> jax.Array:
-        """The float weight, as of an nnx.Param."""
-        return self.__jax_array__()
-
-    def __getattr__(self, name: str) -> Any:
-        if hasattr(type(self), name):  # a property of ours failed: show its own error
-            return object.__getattribute__(self, name)
-        # `T`, `reshape`, `sum` and the like: those of an array.
-        if name.startswith("_") or not hasattr(jax.Array, name):
-            raise AttributeError(f"'WithAux' object has no attribute {name!r}")
-        return getattr(self.__jax_array__(), name)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-
-def _binary(op: Callable[[Any, Any], Any], reflected: bool) -> Callable[[WithAux, Any], Any]:
-    if reflected:
-        return lambda self, other: op(other, self.__jax_array__())
-    return lambda self, other: op(self.__jax_array__(), other)
-
-
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
-    setattr(WithAux, f"__{_name}__", _binary(getattr(operator, _name), reflected=False))
-    setattr(WithAux, f"__r{_name}__", _binary(getattr(operator, _name), reflected=True))
-WithAux.__neg__ = lambda self: -self.__jax_array__()
-WithAux.__abs__ = lambda self: abs(self.__jax_array__())
 
 nnx.register_data_type(WithAux)

@@ -11,16 +11,17 @@ import dataclasses
 import functools
 import importlib
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 from qwix_kernels import tuning
 
 from qwix._src import double_scale, op_plan, op_trace, prepack, qconfig, ragged_rows, weight_view
 from qwix._src.core import conv_general, dot_general, qarray, ragged_dot
 from qwix._src.dot_sides import result_dtype, swap_back, swapped, swapped_precision
-from qwix._src.model_weights import make_record, named_einsum, note_opaque, op_name
+from qwix._src.model_weights import Discovery, Key, make_record, named_einsum, note_opaque, op_name
 from qwix._src.op_plan import OpPlan
 from qwix._src.quantize_params import with_scale_shape
 from qwix._src.static_range import StaticScales, calibrated_act
@@ -82,6 +83,32 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         an error.
         """
         return Executor(self, scales, strict=strict)
+
+    def take_options(
+        self,
+        method: Callable[..., Any],
+        kwargs: Mapping[str, Any],
+        key: Callable[[str], jax.Array | None],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(what the method gets, what `op_handler` gets besides) of the keyword arguments of a call.
+
+        `key` gives a fresh key of the model's stream of that name, or None if it has none.
+        """
+        del method, key
+        return dict(kwargs), {}
+
+    def complete_nnx(self, model: nnx.Module, seen: Discovery, rngs: nnx.Rngs | None) -> None:
+        """Adds what the provider holds besides quantized weights."""
+
+    def complete_linen(
+        self, params: Any, seen: Discovery, boxes: Mapping[Key, Any], key: Callable[[], jax.Array]
+    ) -> None:
+        """The same for the params of a Linen module; `boxes` are those of the float weights."""
+
+    def class_attributes(self, module: nnx.Module) -> Mapping[str, Any]:
+        """What the class of an NNX module has besides its methods."""
+        del module
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)
