@@ -96,9 +96,10 @@ class AdapterSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """The arrays of an adapter, and its facts; `spec` is None until an op has shown them.
+    """The arrays of an adapter, and its facts.
 
-    `dense` stands for A B where the weight was cut, in the layout of the cut weight.
+    `dense` stands in their place where the weight was cut: the sum that A B adds, in the layout of the cut
+    weight.
     """
 
     a: jax.Array | None
@@ -109,12 +110,8 @@ class Adapter:
 
     @property
     def known(self) -> AdapterSpec:
-        """Raises ValueError where no op has shown what the adapter is."""
-        if self.spec is None:
-            raise ValueError(
-                "A weight with an adapter is used before an op that the adapter is for. Initialize the model "
-                "first, if only by jax.eval_shape(model.init, key, *inputs): that finds the adapters."
-            )
+        """`spec` of an adapter that isn't `dense`."""
+        assert self.spec is not None, "A cut adapter is dense."
         return self.spec
 
     def change(self) -> jax.Array:
@@ -153,7 +150,7 @@ class Adapter:
           contracting: the axes in the op, in the order of its dimension numbers.
           batch: the same.
 
-        Returns: None where the op contracts neither the axes of A nor those of B.
+        Returns: None where the op contracts neither the axes of A nor those of B, or has other batch axes.
         """
         spec = self.known
         contracted = [axes[c] for c in contracting]

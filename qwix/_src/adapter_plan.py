@@ -34,14 +34,17 @@ def plan_adapter(
     axes = weight_steps.axis_map(steps, len(home))
     if axes is not None:
         steps = ()
-    elif any(step.kind == "slice" for step in steps):
+    elif weight.info.vmapped or any(step.kind == "slice" for step in steps):
+        what = "layers under vmap, reshaped" if weight.info.vmapped else "a part of it, reshaped"
         raise ValueError(
-            f"{name} can't have an adapter: {op} gets a part of it, reshaped. Split the result of the op "
+            f"{name} can't have an adapter: {op} gets {what}. Reshape the activations or the result "
             "instead, or leave the module out of the rule's module_path."
         )
     else:
         home, axes = whole, tuple(range(len(whole)))
     batch, ins = _roles(op, side, args, params)
+    own = [i for i, a in enumerate(axes) if a < weight.info.vmapped and i not in batch and i not in ins]
+    batch = (*batch, *own)
     kept = [a for a in range(len(axes)) if a not in batch and a not in ins]
     spec = AdapterSpec(
         home=home,

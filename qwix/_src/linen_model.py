@@ -24,7 +24,7 @@ from qwix._src.providers.qt import QtProvider
 from qwix._src.report_records import sqnr_db
 from qwix._src.static_range import StaticScales
 from qwix._src.utils import flax_util
-from qwix._src.weight import WeightInfo, tag
+from qwix._src.weight import WeightInfo, float_type, tag
 from qwix._src.with_aux import WithAux
 
 _is_aux = lambda x: isinstance(x, WithAux)
@@ -62,6 +62,8 @@ def call(
             output = _initialize(provider, plain, model, args, kwargs, options)
         else:
             params = linen_scope.params_of(model)
+            if provider.needs_discovery(params):
+                provider.learn(_rediscover(provider, plain, model, args, kwargs))
             scales = StaticScales(lambda path, name: _get(params, path, name), None)
             output = _run(provider, scales, model, lambda: plain(model, *args, **kwargs), options)
     return provider.process_model_output(method, output)
@@ -135,7 +137,26 @@ def _adapter(scope: flax_scope.Scope, info: WeightInfo) -> Adapter | None:
     arrays = {part: flax_util.unbox(scope.get_variable("params", name)) for part, name in names.items()}
     run = qconfig.current_run()
     known = getattr(run.provider if run else None, "adapters", {})
-    return Adapter(**arrays, spec=known.get((*(info.path or ()), info.name)))
+    spec = known.get((*(info.path or ()), info.name))
+    return None if spec is None else Adapter(**arrays, spec=spec)
+
+
+def _rediscover(
+    provider: BoxedParamProvider, plain: Callable[..., Any], model: nn.Module, args: Any, kwargs: Any
+) -> Discovery:
+    """What `init` would find, from params that it made elsewhere."""
+    scope = linen_scope.scope_of(model)
+    rngs = {name: flax_scope.LazyRng.create(rng).as_jax_rng() for name, rng in scope.rngs.items()}
+    variables = linen_scope.variables_of(model)
+    flat = traverse_util.flatten_dict(variables.get("params", {}), is_leaf=lambda _, x: _is_aux(x))
+    floats = {
+        path: jax.ShapeDtypeStruct(*float_type(x.unboxed)) if _is_aux(x) else x for path, x in flat.items()
+    }
+    variables["params"] = traverse_util.unflatten_dict(floats)
+    apply = lambda variables: model.clone(parent=None).apply(
+        variables, *args, rngs=rngs, mutable=True, method=plain, **kwargs
+    )
+    return _discover(provider, model, variables, apply)
 
 
 def _initialize(

@@ -22,7 +22,7 @@ from qwix._src.dot_sides import result_dtype, swap_back
 from qwix._src.lora_ops import Use
 from qwix._src.lora_rows import Selected
 from qwix._src.op_plan import OpPlan
-from qwix._src.providers.boxed_param import Executor, once
+from qwix._src.providers.boxed_param import Arranged, Executor, once
 from qwix._src.static_range import StaticScales
 from qwix._src.weight import WeightTracer
 
@@ -96,9 +96,8 @@ class LoraExecutor(Executor):
         weight: WeightTracer = args[side]
         if weight.adapter is None or weight.adapter.dense is not None:
             return None
-        weight = self.lora.with_known_adapter(plan, weight, args, params)
         spec, inner = weight.adapter.known, weight_steps.of_layer(weight.steps)
-        args = [weight if i == side else a for i, a in enumerate(args)]
+        _check_shapes(weight)
         if inner[: len(spec.steps)] != spec.steps:
             return None
         inner = inner[len(spec.steps) :]
@@ -115,6 +114,8 @@ class LoraExecutor(Executor):
         base = self._arranged(use.plan, use.base_args, use.params, trace.layer or ())
         x, side = self._dropped(use, trace), use.plan.weight_side
         update = self._update(use)
+        if update is None:
+            return self._shared_dot(use, base, x)
         gain = lora_ops.gain(use)
         dtype = result_dtype(use.args, use.params)
         options = base.options | {"preferred_element_type": jnp.promote_types(dtype, jnp.float32)}
@@ -151,10 +152,16 @@ class LoraExecutor(Executor):
         delta = low_rank_delta(x, update, use.numbers, precision=options["precision"], out_sharding=sharding)
         return delta.transpose(back)
 
-    def _update(self, use: Use) -> LowRank:
+    def _shared_dot(self, use: Use, base: Arranged, x: jax.Array) -> jax.Array:
+        """The same for several weights that share x."""
+        out = self._compute(base.operands, base.options | {"preferred_element_type": jnp.float32})
+        delta = lora_ops.shared_delta(use, x, lambda low, rows: self._masked(use, low, rows))
+        return base.turned_back(out + delta).astype(result_dtype(use.args, use.params))
+
+    def _update(self, use: Use) -> LowRank | None:
+        """A and B as the dot wants them; None if several weights share x."""
         update = use.low_rank()
-        assert update is not None  # `fits` has seen to that
-        if self._selects(use):
+        if update is not None and self._selects(use):
             shape, rows = lora_ops.shape_of_low(use)
             update = dataclasses.replace(update, row_mask=self.selected.mask(use.spec, shape, rows))
         return update
@@ -209,6 +216,18 @@ class LoraExecutor(Executor):
             key = jax.random.fold_in(key, index)
         kept = jax.random.bernoulli(key, 1 - rate, use.x.shape)
         return jnp.where(kept, use.x / (1 - rate), 0).astype(use.x.dtype)
+
+
+def _check_shapes(weight: WeightTracer) -> None:
+    """Raises ValueError for arrays that aren't of this adapter."""
+    adapter, spec = weight.adapter, weight.adapter.known
+    given = {"a": tuple(adapter.a.shape), "b": tuple(adapter.b.shape)}
+    wanted = {"a": spec.a_shape, "b": spec.b_shape}
+    if given != wanted:
+        raise ValueError(
+            f"The adapter of {weight.info.full_path!r} has A of shape {given['a']} and B of {given['b']}, but "
+            f"the model's rule gives {wanted['a']} and {wanted['b']}. Are they those of another model or rule?"
+        )
 
 
 def _placed_gain(use: Use, gain: jax.Array, ndim: int, exchanged: bool) -> jax.Array:

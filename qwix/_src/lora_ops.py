@@ -80,9 +80,12 @@ def fits(use: Use) -> bool:
     if use.plan.op == "take":
         (row,) = use.params["dimension_numbers"].start_index_map
         return len(use.axes) == 2 and use.spec.ins == (use.axes[row],) and not use.spec.batch
-    (_, contracting), _ = use.numbers
+    (_, contracting), (_, batch) = use.numbers
     forward = {use.axes[c] for c in contracting} == set(use.spec.ins)
-    return use.low_rank() is not None and (forward or not use.spec.dora)
+    if use.low_rank() is None:
+        shared = {use.axes[b] for b in batch} < set(use.spec.batch)
+        return forward and shared and not (use.spec.conv or use.spec.dora)
+    return forward or not use.spec.dora
 
 
 def _fits_ragged(use: Use) -> bool:
@@ -124,13 +127,11 @@ def ragged_delta(use: Use, x: jax.Array, masked: Any) -> jax.Array:
     a = ordered(a, (*spec.batch, *spec.ins, "rank"), (*spec.batch, *contracted, "rank"))
     b = ordered(b, (*spec.batch, "rank", *spec.outs), (*spec.batch, "rank", *kept))
     (ragged,) = numbers.lhs_ragged_dimensions
-    bind = lambda lhs, rhs, contracting, ragged: lax.ragged_dot_general_p.bind(
+    bind = lambda lhs, rhs, contracting, ragged: lax.ragged_dot_general(
         lhs,
         rhs,
         groups,
-        ragged_dot_dimension_numbers=lax.RaggedDotDimensionNumbers(
-            (contracting, ((), ())), (ragged,), tuple(range(len(spec.batch)))
-        ),
+        lax.RaggedDotDimensionNumbers((contracting, ((), ())), (ragged,), tuple(range(len(spec.batch)))),
         precision=params["precision"],
         preferred_element_type=jnp.float32,
         group_offset=params["group_offset"],
@@ -152,6 +153,40 @@ def take_delta(use: Use, indices: jax.Array, masked: Any) -> jax.Array:
     low = masked(jnp.moveaxis(low, feature, -1).astype(jnp.float32), None if feature == 0 else 0)
     out = jnp.matmul(low, use.adapter.b.reshape(spec.rank, -1).astype(jnp.float32))
     return spec.scaling * jnp.moveaxis(out, -1, feature)
+
+
+def shared_delta(use: Use, x: jax.Array, masked: Any) -> jax.Array:
+    """(x A) B of a dot whose x all weights share (layers under vmap), in float32.
+
+    The axes along which the weight is several are kept by the op, as its own free axes are.
+    """
+    spec, ((left, right), (left_batch, right_batch)) = use.spec, use.numbers
+    names = {axis: f"w{axis}" for axis in use.axes}
+    of_x: list[Any] = [f"x{axis}" for axis in range(x.ndim)]
+    for mine, theirs in zip((*left, *left_batch), (*right, *right_batch), strict=True):
+        of_x[mine] = names[use.axes[theirs]]
+    place = lambda axes: [names[a] for a in axes]
+    batch = place([use.axes[b] for b in right_batch])
+    free = [name for axis, name in enumerate(of_x) if axis not in left and axis not in left_batch]
+    kept = place([h for i, h in enumerate(use.axes) if i not in right and i not in right_batch])
+    several = [name for name in place(spec.batch) if name not in batch]
+    a = use.adapter.a.reshape(*spec.sizes((*spec.batch, *spec.ins)), spec.rank)
+    b = use.adapter.b.reshape(*spec.sizes(spec.batch), spec.rank, *spec.sizes(spec.outs))
+    low_names = [*batch, *several, *free, "rank"]
+    low = _einsum(x, of_x, a, [*place(spec.batch), *place(spec.ins), "rank"], low_names, use)
+    rows = low_names.index(of_x[0]) if of_x[0] in free else None
+    b_names = [*place(spec.batch), "rank", *place(spec.outs)]
+    return spec.scaling * _einsum(masked(low, rows), low_names, b, b_names, [*batch, *free, *kept], use)
+
+
+def _einsum(
+    x: jax.Array, of_x: list[str], y: jax.Array, of_y: list[str], out: list[str], use: Use
+) -> jax.Array:
+    number = {name: i for i, name in enumerate(dict.fromkeys([*of_x, *of_y]))}
+    axes = [[number[name] for name in names] for names in (of_x, of_y, out)]
+    precision = use.params["precision"]
+    options = {"precision": precision, "preferred_element_type": jnp.float32}
+    return jnp.einsum(x, axes[0], y, axes[1], axes[2], **options)
 
 
 def gain(use: Use) -> jax.Array | None:

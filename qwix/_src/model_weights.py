@@ -125,7 +125,7 @@ class Discovery:
         if found is None:
             lifted = weight_view.lifted(weight.steps)
             stacked = weight.info.mapped or (not lifted and weight_view.is_stacked(weight.steps))
-            info = dataclasses.replace(weight.info, rule=plan.rule, mapped=stacked)
+            info = dataclasses.replace(weight.info, rule=plan.rule, mapped=stacked, vmapped=0)
             packs = plan.op in ("dot_general", "einsum")
             found = self.found[key] = Found(info, how, [], lifted, packs)
         elif weight_view.runs_of(found.how, shape) != weight_view.runs_of(how, shape):

@@ -263,7 +263,8 @@ def new_weight(
 def tagged_weight(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> WeightTracer:
     """What `tag` gives under this trace. A weight that's tagged again stays the weight it is."""
     if isinstance(args[0], WeightTracer):
-        return args[0].as_mapped() if params["info"].mapped else args[0]
+        info = params["info"]
+        return args[0].as_mapped(info.vmapped) if info.mapped else args[0]
     payload, adapter = tagged_content(args, params["treedef"])
     return new_weight(trace, payload, params["info"], adapter)
 

@@ -37,6 +37,7 @@ class WeightInfo:
     rule: Any = None
     # It's several weights: those of layers under vmap, or stacked along another axis than the first.
     mapped: bool = False
+    vmapped: int = 0  # how many of its first axes vmap made
 
     @property
     def module_path(self) -> str | None:
@@ -97,9 +98,9 @@ class WeightTracer(jcore.Tracer):
         steps = self.steps + ((step,) if step else ())
         return WeightTracer(self._trace, aval, payload, self.info, steps, self.adapter)
 
-    def as_mapped(self) -> WeightTracer:
-        """Known to be several weights."""
-        info = dataclasses.replace(self.info, mapped=True)
+    def as_mapped(self, vmapped: int) -> WeightTracer:
+        """Known to be several weights, along its first axes."""
+        info = dataclasses.replace(self.info, mapped=True, vmapped=vmapped)
         return WeightTracer(self._trace, self.aval, self.payload, info, self.steps, self.adapter)
 
     def with_adapter(self, adapter: Adapter | None) -> WeightTracer:
@@ -188,7 +189,7 @@ def _batch(args: Sequence[Any], dims: Sequence[Any], *, treedef: Any, info: Weig
         jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
         for a, d in zip(args, dims, strict=True)
     ]
-    return tag_p.bind(*moved, treedef=treedef, info=dataclasses.replace(info, mapped=True)), 0
+    return tag_p.bind(*moved, treedef=treedef, info=dataclasses.replace(info, mapped=True, vmapped=info.vmapped + 1)), 0
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:

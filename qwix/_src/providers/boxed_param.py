@@ -97,6 +97,15 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         del method, key
         return dict(kwargs), {}
 
+    def needs_discovery(self, params: Any) -> bool:
+        """Whether the params of a Linen module hold what only a look at the module's ops explains."""
+        del params
+        return False
+
+    def learn(self, seen: Discovery) -> None:
+        """Takes note of what a look at a module's ops has found."""
+        del seen
+
     def complete_nnx(self, model: nnx.Module, seen: Discovery, rngs: nnx.Rngs | None) -> None:
         """Adds what the provider holds besides quantized weights."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +9,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import nnx
+from flax import nnx, traverse_util
 
-from qwix._src import lora_params, model, qconfig
-from qwix._src.adapter import AdapterSpec
+from qwix._src import linen_scope, lora_params, model, qconfig
+from qwix._src.adapter import SUFFIXES, AdapterSpec
 from qwix._src.adapter_plan import plan_adapter
 from qwix._src.core import numerics
 from qwix._src.lora_attribute import attributes_of
@@ -25,8 +24,12 @@ from qwix._src.op_plan import OpPlan
 from qwix._src.providers.boxed_param import BoxedParamProvider
 from qwix._src.static_range import StaticScales
 from qwix._src.weight import WeightTracer
+from qwix._src.with_aux import WithAux
 
 __all__ = ["LoraProvider", "LoraRule", "apply_lora_to_model"]
+
+
+_is_aux = lambda _, x: isinstance(x, WithAux)
 
 
 class LoraProvider(BoxedParamProvider):
@@ -78,7 +81,6 @@ class LoraProvider(BoxedParamProvider):
     def adapter_of(
         self, plan: OpPlan, weight: WeightTracer, args: Sequence[Any], params: Mapping[str, Any]
     ) -> AdapterSpec | None:
-        del self
         both = plan.op != "take" and all(isinstance(a, WeightTracer) for a in args[:2])
         if not isinstance(plan.rule, LoraRule) or both or not numerics.should_quantize(weight.dtype):
             return None
@@ -86,23 +88,17 @@ class LoraProvider(BoxedParamProvider):
             return None
         return plan_adapter(plan.op, weight, plan.weight_side or 0, args, params, plan.rule)
 
-    def with_known_adapter(
-        self, plan: OpPlan, weight: WeightTracer, args: Sequence[Any], params: Mapping[str, Any]
-    ) -> WeightTracer:
-        """The weight, whose adapter knows what it is: from init, or from the first op that needs it."""
-        if weight.adapter is None or weight.adapter.spec is not None:
-            return weight
-        key = (*(weight.info.path or ()), weight.info.name)
-        spec = self.adapters.get(key)
-        if spec is None:
-            spec = self.adapter_of(plan, weight, args, params)
-            if spec is None:
-                raise ValueError(
-                    f"The weight {weight.info.full_path!r} has an adapter in the params, but no LoraRule of "
-                    f"the model matches {plan.op_id} in {plan.path!r}. Are these the params of another model?"
-                )
-            self.adapters[key] = spec
-        return weight.with_adapter(dataclasses.replace(weight.adapter, spec=spec))
+    def needs_discovery(self, params: Any) -> bool:
+        suffix = SUFFIXES["a"]
+        paths = (path for path in traverse_util.flatten_dict(linen_scope.plain(params), is_leaf=_is_aux))
+        return any(
+            (*path[:-1], path[-1].removesuffix(suffix)) not in self.adapters
+            for path in paths
+            if path[-1].endswith(suffix)
+        )
+
+    def learn(self, seen: Discovery) -> None:
+        self.adapters |= {key: spec for key, (_, spec) in seen.adapters.items()}
 
     def finish(self) -> None:
         """Raises ValueError for a LoraRule that gave no weight an adapter."""
@@ -143,13 +139,13 @@ class LoraProvider(BoxedParamProvider):
 
     def complete_nnx(self, model: nnx.Module, seen: Discovery, rngs: nnx.Rngs | None) -> None:
         lora_params.add_to_nnx(model, seen, rngs)
-        self.adapters = {key: spec for key, (_, spec) in seen.adapters.items()}
+        self.learn(seen)
 
     def complete_linen(
         self, params: Any, seen: Discovery, boxes: Mapping[Key, Any], key: Callable[[], jax.Array]
     ) -> None:
         lora_params.add_to_linen(params, seen, boxes, key() if seen.adapters else None)
-        self.adapters = {key: spec for key, (_, spec) in seen.adapters.items()}
+        self.learn(seen)
 
     def class_attributes(self, module: nnx.Module) -> Mapping[str, Any]:
         return attributes_of(module)
