@@ -30,6 +30,8 @@ _KEPT_BYTES = 8 << 20
 # 1.1 to 1.3 us each on these chips for K and N of 576 to 4096.
 _WINDOW_BYTES = 4 << 20
 _SCALES_US = 2.4
+# The least that an XLA op takes on these chips.
+_LEAST_OP_US = 1.2
 # One turn of a loop of XLA ops on an accelerator, however small.
 _LOOP_TURN_US = 1.0
 
@@ -66,6 +68,9 @@ def floor(problem: MatmulProblem, chip: Chip) -> tuple[float, float]:
     compute = 2 * p.products * p.batch * p.m * p.n * p.k * passes / (rate * 1e6)
     moved = operand_bytes(p.lhs, p.k) + p.products * operand_bytes(p.rhs, p.k)
     moved += result_bytes(p) + epilogue_bytes(p)
+    if p.low_rank:
+        compute += 2 * p.batch * p.m * p.low_rank.rank * (p.k + p.n) / (chip.bf16 * 1e6)
+        moved += 2 * p.low_rank.rank * (p.k + p.n)
     return compute, moved / (chip.hbm_gbps * 1e3)
 
 
@@ -102,6 +107,7 @@ def xla_estimate(problem: MatmulProblem, chip: Chip) -> Estimate:
     elif not chip.is_native(*multiplied(p)):
         often = min(1.0, _WIDEN_ONCE + p.batch * p.m / 1024)
         compute = max(compute, weights * _WIDEN_CYCLES * often * per_cycle)
+    before += low_rank_us(p, chip)
     before += min(compute, memory, _WINDOW_BYTES * per_byte)
     if p.lhs.is_quantized or p.rhs.is_quantized:
         before += _SCALES_US
@@ -110,6 +116,21 @@ def xla_estimate(problem: MatmulProblem, chip: Chip) -> Estimate:
     before += apart * per_byte
     static = max(compute, memory) + before
     return Estimate(compute, memory + moved * per_byte, static, max(least), "after the compiler's schedules")
+
+
+def low_rank_us(p: MatmulProblem, chip: Chip) -> float:
+    """XLA's two products of a low-rank update and their sum with the result: one after the other.
+
+    The rank fills a part of a matrix unit, which takes as long as all of it.
+    """
+    if p.low_rank is None:
+        return 0.0
+    rank = -(-p.low_rank.rank // max(chip.mxu, 1)) * max(chip.mxu, 1)
+    of = lambda size: 2 * p.batch * p.m * rank * size / (chip.bf16 * 1e6)
+    read = operand_bytes(p.lhs, p.k) / (chip.hbm_gbps * 1e3)
+    written = (result_bytes(p, "float32") + result_bytes(p)) / (chip.hbm_gbps * 1e3)
+    least = _LEAST_OP_US * (chip.platform == "tpu")
+    return max(of(p.k), read, least) + max(of(p.n), written, least)
 
 
 def _apart_bytes(p: MatmulProblem) -> float:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwix_kernels.chips import Chip
-from qwix_kernels.matmul import tpu_kernel
+from qwix_kernels.matmul import tpu_kernel, tpu_low_rank_plan
 from qwix_kernels.matmul.elementwise import row_scale
 from qwix_kernels.matmul.tpu_config import LANES, Config
 from qwix_kernels.matmul.tpu_estimate import check, estimate, heuristic_config
@@ -160,28 +160,19 @@ def _low_rank_operands(plan: Plan, extras: Extras) -> list[tuple[str, jax.Array,
     """The update's factors in bfloat16, the first one as [batch, rank, K], which is how XLA keeps it."""
     if extras.low_rank_a is None or extras.low_rank_b is None:
         return []
-    wide = lambda x, axis: _padded(x.astype(jnp.bfloat16), axis, plan.rank)
-    a, b = wide(jnp.swapaxes(extras.low_rank_a, 1, 2), 1), wide(extras.low_rank_b, 1)
-    # As the rows, it is not read again after the first column block.
-    last = plan.steps_k - 1
+    rank, last = tpu_low_rank_plan.rank(plan), plan.steps_k - 1
+    a = _padded(jnp.swapaxes(extras.low_rank_a, 1, 2).astype(jnp.bfloat16), 1, rank)
+    b = _padded(extras.low_rank_b.astype(jnp.bfloat16), 1, rank)
+    # As the rows, a is not read again after the first column block.
     of_a = lambda j, k: jnp.where(j == 0, k, last) if last and not plan.megacore_rows else k
-    out = [
-        (
-            "low_rank_a",
-            a,
-            pl.BlockSpec((1, plan.rank, plan.block_k), lambda b_, i, j, k: (_or_0(a, 0, b_), 0, of_a(j, k))),
-        ),
-        (
-            "low_rank_b",
-            b,
-            pl.BlockSpec((1, plan.rank, plan.block_n), lambda b_, i, j, k: (_or_0(b, 0, b_), 0, j)),
-        ),
-    ]
+    block_a = (1, rank, plan.block_k), lambda batch, i, j, k: (_or_0(a, 0, batch), 0, of_a(j, k))
+    block_b = (1, rank, plan.block_n), lambda batch, i, j, k: (_or_0(b, 0, batch), 0, j)
+    out = [("low_rank_a", a, pl.BlockSpec(*block_a)), ("low_rank_b", b, pl.BlockSpec(*block_b))]
     if extras.low_rank_mask is not None:
-        mask = _padded(extras.low_rank_mask, 2, plan.rank)
+        mask = _padded(extras.low_rank_mask, 2, rank)
         rows = plan.block_m if mask.shape[1] > 1 else 1
-        index = lambda b_, i, j, k: (_or_0(mask, 0, b_), _or_0(mask, 1, i), 0)
-        out.append(("low_rank_mask", mask, pl.BlockSpec((1, rows, plan.rank), index)))
+        of_mask = lambda batch, i, j, k: (_or_0(mask, 0, batch), _or_0(mask, 1, i), 0)
+        out.append(("low_rank_mask", mask, pl.BlockSpec((1, rows, rank), of_mask)))
     return out
 
 
@@ -285,9 +276,13 @@ def scratch_shapes(plan: Plan) -> dict[str, Any]:
     elif plan.problem.quantize_lhs is not None and not plan.rows_given and not plan.folds_lhs:
         out["row_scale"] = pltpu.VMEM((plan.steps_k, bm, plan.lhs_tiles()), jnp.float32)
     if plan.problem.low_rank:
-        out["low_rank_t"] = pltpu.VMEM((bm, plan.rank), jnp.bfloat16)
+        out["low_rank_t"] = pltpu.VMEM((bm, tpu_low_rank_plan.rank(plan)), jnp.bfloat16)
         if plan.steps_k > 1:
-            shape = (plan.rank, bm) if plan.turns_low_rank else (bm, plan.rank)
+            shape = (
+                (tpu_low_rank_plan.rank(plan), bm)
+                if tpu_low_rank_plan.turns(plan)
+                else (bm, tpu_low_rank_plan.rank(plan))
+            )
             out["low_rank_sum"] = pltpu.VMEM(shape, jnp.float32)
     if plan.prepare_rhs:
         shape = (bn, bk) if plan.problem.rhs_transposed else (bk, bn)
@@ -300,5 +295,7 @@ def _cost(plan: Plan, arrays: tuple[jax.Array, ...]) -> pl.CostEstimate:
     p = plan.problem
     moved = sum(a.size * dtype_bits(a.dtype.name) // 8 for a in arrays)
     moved += p.batch * p.m * p.n * dtype_bits(p.out_dtype) // 8
-    flops = 2 * p.products * p.batch * p.m * p.n * p.k + 2 * p.batch * p.m * plan.rank * (p.n + p.k)
+    flops = 2 * p.products * p.batch * p.m * p.n * p.k + 2 * p.batch * p.m * tpu_low_rank_plan.rank(plan) * (
+        p.n + p.k
+    )
     return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 from qwix_kernels.chips import Chip
 from qwix_kernels.dispatch import Estimate
-from qwix_kernels.matmul import cost
+from qwix_kernels.matmul import cost, tpu_low_rank_plan
 from qwix_kernels.matmul.tpu_config import LANES, Config, pl_cdiv
 from qwix_kernels.matmul.tpu_plan import (
     FP4,
@@ -299,6 +299,8 @@ def _compute_us(plan: Plan, chip: Chip) -> float:
         beside = min(prologue * plan.overlapped_rows / plan.block_m, step)
         prologue -= (1 - _NOT_HIDDEN_ROWS) * beside
         cycles += b * rows * again * steps * prologue
+    of_rows, of_block = tpu_low_rank_plan.cycles(plan, chip, _PUSH[chip.mxu][False])
+    cycles += b * rows * ((columns if plan.megacore_rows else 1) * of_rows + columns * of_block)
     return cycles * _idle(plan, chip) / (chip.ghz * 1e3)
 
 
@@ -403,4 +405,4 @@ def _memory_us(plan: Plan, chip: Chip) -> float:
     again = rows if columns > 1 or steps > 1 else 1
     rhs = cost.operand_bytes(p.rhs, p.k) * again * (p.batch // p.rhs.batch) * p.products
     out = cost.result_bytes(p) + cost.epilogue_bytes(p)
-    return (lhs + rhs + out) / (chip.hbm_gbps * 1e3)
+    return (lhs + rhs + out + tpu_low_rank_plan.moved_bytes(plan)) / (chip.hbm_gbps * 1e3)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from qwix_kernels.matmul import tpu_low_rank_plan
 from qwix_kernels.matmul import tpu_values as values
 from qwix_kernels.matmul.tpu_config import LANES
 from qwix_kernels.matmul.tpu_plan import Plan
@@ -24,7 +25,7 @@ def prepare(plan: Plan, emulate: bool, r: Refs, step: jax.Array) -> None:
         lanes = slice(lo, min(lo + _PIECE, plan.block_k))
         a = values.zero_past(r["low_rank_a"][0, :, lanes], plan.k_limit(step), lo, axis=1)
         x = _rows(plan, r, step, lanes)
-        pair = (a, x) if plan.turns_low_rank else (x, a)
+        pair = (a, x) if tpu_low_rank_plan.turns(plan) else (x, a)
         part = _dot(emulate, *pair, ((1,), (1,)))
         total = part if total is None else total + part
     if plan.steps_k == 1:
@@ -47,7 +48,7 @@ def prepare(plan: Plan, emulate: bool, r: Refs, step: jax.Array) -> None:
 def _keep(plan: Plan, r: Refs, total: jax.Array) -> None:
     low_rank = plan.problem.low_rank
     assert low_rank
-    t = (total.T if plan.turns_low_rank else total) * jnp.float32(low_rank.scaling)
+    t = (total.T if tpu_low_rank_plan.turns(plan) else total) * jnp.float32(low_rank.scaling)
     if low_rank.mask_dtype:
         t = t * r["low_rank_mask"][0].astype(jnp.float32)
     r["low_rank_t"][...] = t.astype(jnp.bfloat16)

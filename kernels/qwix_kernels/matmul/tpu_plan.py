@@ -19,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from qwix_kernels.chips import Chip
+from qwix_kernels.matmul import tpu_low_rank_plan
 from qwix_kernels.matmul.tpu_config import LANES, Config, pl_cdiv
 from qwix_kernels.problem import MatmulProblem, Operand, dtype_bits
 
@@ -144,20 +145,6 @@ class Plan:
     def once_a_row_block(self) -> bool:
         """Whether the first column block of a row block leaves something in VMEM for the others."""
         return self.has_prologue or self.problem.low_rank is not None
-
-    @property
-    def turns_low_rank(self) -> bool:
-        """Whether lhs @ a is found the other way round, the rows as what the matrix unit holds.
-
-        With 128 rows and more that takes fewer passes than the other way, where `rank` columns fill a part of
-        the unit.
-        """
-        return self.block_m % LANES == 0
-
-    @property
-    def rank(self) -> int:
-        """Of the low-rank update, in whole native tiles of bfloat16."""
-        return _pad(self.problem.low_rank.rank, 16) if self.problem.low_rank else 0
 
     @property
     def overlapped_rows(self) -> int:
@@ -390,26 +377,8 @@ def vmem_bytes(plan: Plan) -> int:
         scratch += plan.steps_k * plan.lhs_tiles() * bm * LANES * 4
     if plan.prepare_rhs or p.rhs.dtype != plan.rhs_dot:
         scratch += p.products * _pad(bn) * _pad(bk) * bits(plan.rhs_dot) // 8
-    scratch += _low_rank_scratch(plan)
-    blocks = rhs + out + scales + _epilogue_bytes(plan) + _low_rank_blocks(plan)
-    return 2 * blocks + plan.lhs_buffers * lhs + scratch
-
-
-def _low_rank_blocks(plan: Plan) -> int:
-    """VMEM of one block of each array of the low-rank update."""
-    low_rank = plan.problem.low_rank
-    if low_rank is None:
-        return 0
-    mask = plan.block_m * _pad(plan.rank) * dtype_bits(low_rank.mask_dtype) // 8 if low_rank.mask_dtype else 0
-    return plan.rank * (_pad(plan.block_k) + _pad(plan.block_n)) * 2 + mask
-
-
-def _low_rank_scratch(plan: Plan) -> int:
-    """VMEM of what is kept of the low-rank update for all column blocks, and of its part of the result."""
-    if plan.problem.low_rank is None:
-        return 0
-    kept = plan.block_m * _pad(plan.rank) * (2 + 4)
-    return kept + plan.block_m * _pad(plan.block_n) * 4
+    scratch += tpu_low_rank_plan.vmem_bytes(p.low_rank, bm, bn, bk)
+    return 2 * (rhs + out + scales + _epilogue_bytes(plan)) + plan.lhs_buffers * lhs + scratch
 
 
 def _epilogue_bytes(plan: Plan) -> int:

@@ -137,20 +137,18 @@ def _outside_us(problem: MatmulProblem, part: MatmulProblem, chip: Chip) -> floa
 
     Dynamic scales of a result take two passes, one for the scales and one for the values, and so does a norm.
     """
-    moved, passes = 0.0, 0
+    moved, passes, apart = 0.0, 0, 0.0
     if problem.norm and not part.norm:
         moved += 2 * cost.operand_bytes(problem.lhs, problem.k) + cost.operand_bytes(part.lhs, problem.k)
         passes += 2
     if problem.low_rank and not part.low_rank:
-        moved += cost.operand_bytes(problem.lhs, problem.k)
-        moved += cost.result_bytes(part) + cost.result_bytes(problem)
-        passes += 2
+        apart = cost.low_rank_us(problem, chip)
     if problem.epilogue != part.epilogue:
         reads = problem.products // part.products * cost.result_bytes(part)
         twice = problem.epilogue is not None and problem.epilogue.scales_out
         moved += (1 + twice) * reads + cost.result_bytes(problem) + cost.epilogue_bytes(problem)
         passes += 1 + twice
-    return moved / (chip.hbm_gbps * 1e3) + passes * _PASS_US
+    return apart + moved / (chip.hbm_gbps * 1e3) + passes * _PASS_US
 
 
 def _left_out(problem: MatmulProblem, part: MatmulProblem) -> str:
