@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwix_kernels.chips import Chip
-from qwix_kernels.matmul import tpu_kernel, tpu_low_rank_plan
+from qwix_kernels.matmul import tpu_across, tpu_kernel, tpu_low_rank_plan
 from qwix_kernels.matmul.elementwise import row_scale
 from qwix_kernels.matmul.tpu_config import LANES, Config
 from qwix_kernels.matmul.tpu_estimate import check, estimate, heuristic_config
@@ -222,6 +222,8 @@ def _rhs_side(plan: Plan, name: str, x: jax.Array) -> tuple[str, jax.Array, pl.B
     Only where they go on a transposed rhs before the dot do they keep its order: [batch, K blocks, N, tiles].
     """
     p = plan.problem
+    if tpu_across.applies(p):
+        return tpu_across.operand(plan, name, _expand(x, 0, p.rhs.batch))
     free = 1 if p.rhs_transposed else 2
     x = _expand(_expand(x, free, p.n), 0, p.rhs.batch)
     if p.rhs_transposed and plan.folds_rhs:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 from qwix_kernels.chips import Chip
 from qwix_kernels.dispatch import Estimate
-from qwix_kernels.matmul import cost, tpu_low_rank_plan
+from qwix_kernels.matmul import cost, tpu_across, tpu_low_rank_plan
 from qwix_kernels.matmul.tpu_config import LANES, Config, pl_cdiv
 from qwix_kernels.matmul.tpu_plan import (
     FP4,
@@ -111,7 +111,7 @@ def check_kinds(problem: MatmulProblem, chip: Chip) -> None:
             refuse(f"has no zero points in {FP4}")
         if x.zero_point and x.codebook:
             refuse("has no zero points with a codebook")
-        if k_tile(x, p.k) % MIN_TILE:
+        if k_tile(x, p.k) % MIN_TILE and not (name == "rhs" and tpu_across.is_taken(p, MIN_TILE)):
             refuse(f"takes K tiles of multiples of {MIN_TILE}, not {x.tile_k} ({name})")
     if p.rhs.dtype == FP4 and not takes_fp4(chip) and (p.n if p.rhs_transposed else p.k) % 32:
         refuse(f"unpacks {FP4} by 32 rows of the weight")

@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from qwix_kernels.chips import Chip
-from qwix_kernels.matmul import tpu_low_rank_plan
+from qwix_kernels.matmul import tpu_across, tpu_low_rank_plan
 from qwix_kernels.matmul.tpu_config import LANES, Config, pl_cdiv
 from qwix_kernels.problem import MatmulProblem, Operand, dtype_bits
 
@@ -260,6 +260,7 @@ def resolve(problem: MatmulProblem, chip: Chip, config: Config) -> Plan:
     lhs_dot, rhs_dot = dot_dtypes(p, chip, config.strategy)
     _check_blocks(p, config, tiles, row_step(lhs_dot))
     _check_out_tiles(p, config)
+    tpu_across.check(p, config)
     if p.norm and config.block_k < p.k:
         raise NotImplementedError(f"rows are normalised where the whole K is in one block, got {config}")
     chunk = min(config.block_k, _exact_chunk(p, lhs_dot))
@@ -363,13 +364,15 @@ def vmem_bytes(plan: Plan) -> int:
     rhs = p.products * _pad(bn) * _pad(bk) * bits(p.rhs.dtype) // 8
     out = bm * _pad(bn) * bits(p.out_dtype) // 8
     scales = 0
-    if p.rhs.is_quantized:
+    if tpu_across.applies(p):
+        scales += p.products * (1 + p.rhs.zero_point) * tpu_across.scale_bytes(p, bn, bk)
+    elif p.rhs.is_quantized:
         scales += p.products * (1 + p.rhs.zero_point) * (_pad(plan.rhs_tiles(), 8) * _pad(bn) * 4)
     if plan.scales_lhs:
         scales += (1 + p.lhs.zero_point) * bm * _pad(plan.lhs_tiles()) * 4
     if q := p.quantize_lhs:
         scales += q.noise * bm * LANES * 4 + q.columns * 8 * _pad(bk) * 4
-    # The accumulator, or the dot's own result, or both where tiles of K are stacked.
+    # The accumulator, or the dot's own result, or both where tiles are stacked.
     scratch = p.products * bm * _pad(bn) * 4 + (plan.stack > 1) * plan.stack * plan.sub_m * _pad(bn) * 4
     if plan.prepare_lhs:
         scratch += plan.steps_k * bm * _pad(bk) * bits(plan.lhs_dot) // 8

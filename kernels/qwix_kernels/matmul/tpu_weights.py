@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwix_kernels.matmul import tpu_codebook
+from qwix_kernels.matmul import tpu_across, tpu_codebook
 from qwix_kernels.matmul import tpu_values as values
 from qwix_kernels.matmul.tpu_config import LANES
 from qwix_kernels.matmul.tpu_plan import Plan
@@ -29,6 +29,9 @@ def prepare(plan: Plan, r: dict[str, Any], step: jax.Array) -> None:
     p = plan.problem
     if _looks_up(plan):
         _prepare_codes(plan, r, step)
+        return
+    if tpu_across.applies(p):
+        tpu_across.prepare(plan, r, step)
         return
     limit = plan.k_limit(step)
     wide = "bfloat16" if plan.bf16_math else "float32"
@@ -58,24 +61,40 @@ def prepare(plan: Plan, r: dict[str, Any], step: jax.Array) -> None:
 
 
 def _looks_up(plan: Plan) -> bool:
-    """Whether codes fill whole registers of columns, so that permutations of sublanes look them up."""
+    """Whether codes fill whole registers of columns, so that permutations of sublanes look them up.
+
+    Their scales are by rows of the block: K tiles of a weight that is not transposed, or the reverse.
+    """
     p = plan.problem
-    whole = plan.block_k % 8 == 0 and plan.block_n % LANES == 0
-    return p.rhs.codebook is not None and p.rhs.dtype == "uint4" and whole and not p.rhs_transposed
+    rows, lanes = _stored_block(plan)
+    by_rows = p.rhs_transposed == tpu_across.applies(p)
+    return (
+        p.rhs.codebook is not None and p.rhs.dtype == "uint4" and by_rows and not (rows % 8 or lanes % LANES)
+    )
+
+
+def _stored_block(plan: Plan) -> tuple[int, int]:
+    """Rows and lanes of a block of the weight."""
+    return (plan.block_n, plan.block_k) if plan.problem.rhs_transposed else (plan.block_k, plan.block_n)
 
 
 def _prepare_codes(plan: Plan, r: dict[str, Any], step: jax.Array) -> None:
-    """Weights of a codebook, with the scales of their K tiles where those go before the dot."""
+    """Weights of a codebook, with the scales of tiles of rows where those go before the dot."""
     codebook, limit = plan.problem.rhs.codebook, plan.k_limit(step)
     assert codebook is not None
-    for rows, tiles in values.row_groups(plan.block_k, plan.rhs_tile if plan.folds_rhs else 0):
-        for left in range(0, plan.block_n, LANES):
+    size, width = _stored_block(plan)
+    tile = plan.rhs_tile if plan.folds_rhs else 0
+    if tpu_across.applies(plan.problem):
+        tile = tpu_across.local_tile(plan)
+    for rows, tiles in values.row_groups(size, tile):
+        for left in range(0, width, LANES):
             lanes = slice(left, left + LANES)
             codes = tpu_codebook.signed_codes(r["rhs"][0, rows, lanes])
             for t, lo, hi in tiles:
                 scale = scale_row(plan, r, t)[:, lanes] if plan.folds_rhs else None
                 w = tpu_codebook.look_up(codes[lo - rows.start : hi - rows.start, :], codebook, scale)
-                w = values.zero_past(w, limit, lo, axis=0)
+                start, axis = (left, 1) if plan.problem.rhs_transposed else (lo, 0)
+                w = values.zero_past(w, limit, start, axis)
                 r["rhs_ready"][lo:hi, lanes] = values.narrow(w, plan.rhs_dot)
 
 
