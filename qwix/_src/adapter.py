@@ -41,14 +41,15 @@ class AdapterSpec:
       ins: axes that A has.
       outs: axes that B has.
       rank: of the change; of a grouped convolution, in each group.
-      scaling: what A B is multiplied by.
+      alpha: A B is multiplied by alpha / rank, or by alpha / sqrt(rank) with `use_rslora`.
       flat: A has one axis for all of `ins`, and B one for all of `outs`.
       conv: A is a kernel: at home, with the rank in place of the output channels.
       groups: of a convolution's channels.
       dropout: the part of the activations that the adapter doesn't see in training.
       dora: there are magnitudes m.
       lifted: sizes of the leading axes of the stored arrays, which scans over layers cut.
-      members: {name: (first, count)} of the ranks, where several adapters are stacked; else ().
+      members: (name, (first, count)) of the ranks, where several adapters are stacked; else (). Their B are
+        multiplied already.
     """
 
     home: tuple[int, ...]
@@ -56,7 +57,8 @@ class AdapterSpec:
     ins: tuple[int, ...]
     outs: tuple[int, ...]
     rank: int
-    scaling: float
+    alpha: float
+    use_rslora: bool = False
     steps: tuple[Step, ...] = ()
     flat: bool = True
     conv: bool = False
@@ -65,6 +67,14 @@ class AdapterSpec:
     dora: bool = False
     lifted: tuple[int, ...] = ()
     members: tuple[tuple[str, tuple[int, int]], ...] = ()
+
+    @property
+    def scaling(self) -> float:
+        """What A B is multiplied by."""
+        return 1.0 if self.members else self.scaling_of(self.rank, self.alpha)
+
+    def scaling_of(self, rank: int, alpha: float) -> float:
+        return float(alpha / (math.sqrt(rank) if self.use_rslora else rank))
 
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
         return tuple(self.home[a] for a in axes)

@@ -50,10 +50,10 @@ class AdaptedAttribute:
 
 
 def adapted(module: Any, name: str, value: Any) -> Any:
-    """The weight and its adapter as one; the weight, if the module holds no adapter of that name."""
+    """The weight and its adapter as one. Without an adapter (it was merged), still a weight to the ops."""
     parts = {part: vars(module).get(name + suffix) for part, suffix in SUFFIXES.items()}
     if parts["a"] is None or parts["b"] is None:
-        return value
+        return value if isinstance(value, WithAux) else AdaptedWeight(value, None, WeightInfo(None, name))
     info = parts["a"].get_metadata(INFO)
     arrays = {part: flax_util.unbox(x) for part, x in parts.items()}
     specs = type(module)._qwix_provider.adapters
@@ -64,9 +64,9 @@ def adapted(module: Any, name: str, value: Any) -> Any:
 
 
 class AdaptedWeight(ArrayLike):
-    """A weight and its adapter, to the code of a model."""
+    """A weight and its adapter, if it has one, to the code of a model."""
 
-    def __init__(self, stored: Any, adapter: Adapter, info: WeightInfo):
+    def __init__(self, stored: Any, adapter: Adapter | None, info: WeightInfo):
         self._stored, self._adapter, self._info = stored, adapter, info
 
     @property

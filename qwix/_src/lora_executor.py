@@ -225,8 +225,9 @@ def _check_shapes(weight: WeightTracer) -> None:
     wanted = {"a": spec.a_shape, "b": spec.b_shape}
     if given != wanted:
         raise ValueError(
-            f"The adapter of {weight.info.full_path!r} has A of shape {given['a']} and B of {given['b']}, but "
-            f"the model's rule gives {wanted['a']} and {wanted['b']}. Are they those of another model or rule?"
+            f"The adapter of {weight.info.full_path!r} has A of shape {given['a']} and B of {given['b']}, "
+            f"but the model's rule gives {wanted['a']} and {wanted['b']}. Are they those of another model or "
+            "rule?"
         )
 
 

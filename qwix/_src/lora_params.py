@@ -63,17 +63,30 @@ def _prepare_dropout(module: Any) -> None:
 def _nnx_params(
     info: WeightInfo, spec: AdapterSpec, key: jax.Array, value: nnx.Param | WithAux
 ) -> dict[str, nnx.LoRAParam]:
-    is_aux = isinstance(value, WithAux)
-    payload, box = (value.unboxed, value.array.qvalue) if is_aux else (value.get_raw_value(), value)
+    payload = value.unboxed if isinstance(value, WithAux) else value.get_raw_value()
     make = lambda key, payload: make_adapter(spec, info.rule, key, payload)
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(payload))
     arrays = jax.eval_shape(make, key, payload) if abstract else make(key, payload)
+    return nnx_params_of(arrays, info, spec, value)
+
+
+def nnx_params_of(
+    arrays: Mapping[str, Any], info: WeightInfo, spec: AdapterSpec, value: nnx.Param | WithAux
+) -> dict[str, nnx.LoRAParam]:
+    """The arrays of an adapter as variables, with partition names that follow those of the weight `value`."""
+    box = value.array.qvalue if isinstance(value, WithAux) else value
     axes, whose = axes_of(spec), WeightInfo(info.path, info.name)
     params = {}
     for part, array in arrays.items():
         metadata = _like(box, array, axes[part]).get_metadata() if isinstance(box, nnx.Variable) else {}
         params[part] = nnx.LoRAParam.from_metadata(array, dict(metadata) | {INFO: whose})
     return params
+
+
+def linen_boxed(array: Any, part: str, spec: AdapterSpec, stored: Any) -> Any:
+    """The same of a Linen param: A, B or m in a box like that of the weight that is stored."""
+    box = stored.array.qvalue if isinstance(stored, WithAux) else stored
+    return _like(box, array, axes_of(spec)[part])
 
 
 def add_to_linen(params: Any, seen: Discovery, boxes: Mapping[Key, Any], key: jax.Array | None) -> None:

@@ -84,6 +84,7 @@ def _make(
     namespace: dict[str, Any] = {
         "_qwix_provider": provider,
         "_unquantized_type": base,
+        "_qwix_methods": methods,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,

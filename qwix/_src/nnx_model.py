@@ -62,7 +62,7 @@ def quantize_nnx_model(
             _warn_of_others(fresh, provider, seen.found)
         convert(fresh, provider, seen.found)
         provider.complete_nnx(fresh, seen, rngs)
-        _change_classes(fresh, provider)
+        change_classes(fresh, provider)
     elif isinstance(provider, QtProvider):
         _warn_of_bridges(fresh, provider)
         qt_nnx.prepare(fresh, provider, methods)
@@ -79,7 +79,8 @@ def quantize_nnx_model(
     return fresh
 
 
-def _change_classes(model: nnx.Module, provider: BoxedParamProvider) -> None:
+def change_classes(model: nnx.Module, provider: BoxedParamProvider) -> None:
+    """Gives the modules that hold quantized or adapted weights, and those above them, their classes."""
     quantized = {
         s.path[:n]
         for s in slots(model)

@@ -63,7 +63,7 @@ def quantize_params(
             if not allow_extra_params:
                 raise ValueError(_unknown(path, templates))
             continue
-        out[path] = _convert(path, value, template, _qarray_module)
+        out[path] = converted(path, value, template, _qarray_module)
     for path, stat in _stats(quant_stats):
         out |= _static(path, stat, templates)
     if is_nnx:
@@ -110,7 +110,8 @@ def _unknown(path: Path, templates: Mapping[str, Any]) -> str:
     )
 
 
-def _convert(path: Path, value: Any, template: Any, qarray_module: Any) -> Any:
+def converted(path: Path, value: Any, template: Any, qarray_module: Any = qarray) -> Any:
+    """A float param in the form of the template, which has no boxes."""
     if not isinstance(template, WithAux):
         if value.shape != template.shape:
             raise ValueError(

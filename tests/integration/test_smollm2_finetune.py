@@ -27,7 +27,8 @@ def float_model(seed: int = 0) -> SmolLM2:
 def trained() -> tuple[SmolLM2, list[float]]:
     rule = qwix.QtRule(module_path=schemes.LINEAR, **finetune.RULE)
     model = qwix.quantize_model(float_model(), qwix.QtProvider([rule]), jnp.asarray(WINDOWS[:1]))
-    return model, finetune.train(model, WINDOWS, steps=30, learning_rate=3e-3)
+    optimizer = train.make_optimizer(model, 30, 3e-3, finetune.linear)
+    return model, train.train(model, optimizer, WINDOWS, 30, finetune.linear)
 
 
 def test_training_lowers_the_loss_and_moves_linear_weights_only(trained):

@@ -12,16 +12,14 @@ import dataclasses
 import resource
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from tqdm import tqdm
 
 import qwix
 from examples.smollm2 import evaluate, load, schemes
 from examples.smollm2.model import SmolLM2
+from examples.smollm2.train import make_optimizer, train
 
 RULE = {"weight_qtype": "int4", "tile_size": 64}
 # Perplexity of the held-out tokens over that of the float model (19.40): plain rounding gives 1.56, and
@@ -63,32 +61,6 @@ def linear(path: tuple, value: object) -> bool:
     return isinstance(value, nnx.Param) and path[-1] == "kernel"
 
 
-@nnx.jit(donate_argnames=("model", "optimizer"))
-def step(model: SmolLM2, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax.Array:
-    """Updates both in place on one window `[1, length]`; returns the loss before, in nats per token."""
-
-    def loss(model: SmolLM2) -> jax.Array:
-        logits, _ = model(tokens)
-        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
-
-    value, gradients = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, linear))(model)
-    optimizer.update(model, gradients)
-    return value
-
-
-def train(model: SmolLM2, tokens: np.ndarray, steps: int, learning_rate: float) -> list[float]:
-    """Adam over `tokens` `[windows, length]`, in a fixed random order, as often as `steps` need it."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 10), steps)
-    optimizer = nnx.Optimizer(model, optax.adam(schedule, b2=0.99), wrt=linear)
-    order = np.resize(np.random.default_rng(0).permutation(len(tokens)), steps)
-    losses = []
-    with tqdm(order, "train", unit="step") as bar:
-        for window in bar:
-            losses.append(float(step(model, optimizer, jnp.asarray(tokens[window : window + 1]))))
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    return losses
-
-
 def served(trained: SmolLM2, fresh: SmolLM2, tokens: np.ndarray) -> SmolLM2:
     """The model with its trained weights stored in int4. `fresh`: a float model, to be overwritten."""
     nnx.update(fresh, nnx.state(trained, nnx.Param))
@@ -105,7 +77,7 @@ def run(steps: int, learning_rate: float) -> Result:
     plain = evaluate.perplexity(plain_model, held_out)
     model = qwix.quantize_model(plain_model, qwix.QtProvider([rule]), jnp.asarray(held_out[:1]))
     before = evaluate.perplexity(model, held_out)
-    losses = train(model, rest, steps, learning_rate)
+    losses = train(model, make_optimizer(model, steps, learning_rate, linear), rest, steps, linear)
     after = evaluate.perplexity(model, held_out)
     serving = served(model, load.load_model(progress=False), held_out)
     return Result(

@@ -1,0 +1,27 @@
+"""LoRA and QLoRA: what can be done with the adapters of a model.
+
+`qwix.apply_lora_to_model` makes them. Here they are taken out and put in, saved and loaded, also in the
+layout of Hugging Face PEFT, merged into the weights, and stacked so that one base model serves several.
+"""
+
+from qwix._src.lora_files import adapters_of, load_adapters, save_adapters, with_adapters
+from qwix._src.lora_merge import Merged, merge, unmerge
+from qwix._src.lora_peft import load_peft, save_peft
+from qwix._src.lora_stack import stack
+from qwix._src.providers.lora import LoraProvider, LoraRule, apply_lora_to_model
+
+__all__ = [
+    "LoraProvider",
+    "LoraRule",
+    "Merged",
+    "adapters_of",
+    "apply_lora_to_model",
+    "load_adapters",
+    "load_peft",
+    "merge",
+    "save_adapters",
+    "save_peft",
+    "stack",
+    "unmerge",
+    "with_adapters",
+]
