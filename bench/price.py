@@ -7,6 +7,7 @@
     python -m bench.price --suite train --check
     python -m bench.price --suite conv --check
     python -m bench.price --suite ragged --check
+    python -m bench.price --suite lora --check
 
 How to read the result, and what it leaves out: docs/pricing.md.
 """
@@ -23,12 +24,23 @@ from typing import Any
 import tqdm
 from absl import app, flags
 
-from bench import conv_price, misses, pool, ragged_price, shapes, suites, targets, tpu_compile, train
+from bench import (
+    conv_price,
+    lora_price,
+    misses,
+    pool,
+    ragged_price,
+    shapes,
+    suites,
+    targets,
+    tpu_compile,
+    train,
+)
 from bench.cache import default_folder
 from bench.cells import Cell, cells_of
 
 # Suites of other ops than matmul, with cells and targets of their own.
-_OF_ROWS = {"conv": conv_price, "ragged": ragged_price}
+_OF_ROWS = {"conv": conv_price, "ragged": ragged_price, "lora": lora_price}
 _CHIP = flags.DEFINE_list("chip", None, f"Chips: {', '.join(tpu_compile.TOPOLOGY)}. All of them for a suite.")
 _SCHEME = flags.DEFINE_list("scheme", None, "Schemes, for example w8a8,w4a16_g128,wf8af8,wnf4a16_g64.")
 _M = flags.DEFINE_list("m", None, "Rows of the activations.")
@@ -49,7 +61,7 @@ _CHECK = flags.DEFINE_boolean(
 _WRITE_MISSES = flags.DEFINE_boolean(
     "write_misses",
     False,
-    f"Rewrite {misses.FILE.name} (of the conv and ragged suites their own lists) for the chips of this run.",
+    f"Rewrite {misses.FILE.name} (of conv, ragged and lora their own lists) for the chips of this run.",
 )
 _PLAN = flags.DEFINE_boolean("plan", False, "Say what would be priced and how long it takes; price nothing.")
 _IMPLEMENTATION = flags.DEFINE_string("implementation", None, "Price this one, not the one dispatch prefers.")
