@@ -12,7 +12,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from qwix_kernels.chips import CHIPS
 from qwix_kernels.conv import ConvExtras, problem_of, reference, tpu
-from qwix_kernels.conv.tpu_plan import make_plan
+from qwix_kernels.conv.tpu_blocks import make_plan
+from qwix_kernels.conv.tpu_plan import is_turned
 from qwix_kernels.problem import RowQuantize, Tensor
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
@@ -75,6 +76,48 @@ def test_accumulators_are_exact(images, size, blocks):
     rng = np.random.default_rng(0)
     lhs, rhs = stored(rng, "int8", (images, *size, 32)), stored(rng, "int8", (3, 3, 32, 16))
     assert_right(lhs, rhs, blocks=blocks, padding=SAME)
+
+
+# Images in turns, each staged while the one before is multiplied; rows of the result side by side.
+@pytest.mark.parametrize(
+    ("images", "size", "options", "blocks"),
+    [
+        (3, (5, 12), {}, (32, 1, 2, 16, 2)),
+        (4, (7, 7), {}, (8, 2, 16, 16, 2)),
+        (2, (8, 12), {}, (32, 1, 2, 16, 2, 2)),
+        (2, (8, 16), {"strides": (2, 2)}, (8, 1, 4, 16, 1, 2)),
+        pytest.param(4, (8, 7), {}, (8, 2, 8, 16, 1, 2), marks=pytest.mark.large),
+        pytest.param(2, (12, 16), {"strides": (2, 2)}, (32, 1, 1, 16, 2), marks=pytest.mark.large),
+    ],
+    ids=str,
+)
+def test_turns_and_bands(images, size, options, blocks):
+    rng = np.random.default_rng(10)
+    lhs, rhs = stored(rng, "int8", (images, *size, 32)), stored(rng, "int8", (3, 3, 32, 16))
+    assert_right(lhs, rhs, blocks=blocks, padding=SAME, **options)
+
+
+@pytest.mark.parametrize(
+    ("images", "blocks"),
+    [(4, (32, 1, 2, 16, 4)), (3, (16, 2, 12, 16, 2)), (2, (32, 1, 1, 16, 2, 2))],
+    ids=str,
+)
+def test_quantized_in_turns(images, blocks):
+    """A scale for each image, found two turns ahead; an image of zeros; bias and activation."""
+    rng = np.random.default_rng(11)
+    x = stored(rng, "bfloat16", (images, 4, 7, 32)) * (
+        1 + jnp.arange(images, dtype=jnp.bfloat16)[:, None, None, None]
+    )
+    extras = ConvExtras(bias=jnp.asarray(rng.standard_normal(16), jnp.float32))
+    options = {"padding": SAME, "quantize_lhs": INT8, "out_dtype": "bfloat16", "activation": "silu"}
+    assert_right(x.at[1].set(0), weights(rng, "int8", (3, 3, 32, 16)), extras, blocks=blocks, **options)
+
+
+def test_weights_with_inputs_along_the_lanes():
+    rng = np.random.default_rng(12)
+    x, w = stored(rng, "int8", (2, 4, 7, 256)), stored(rng, "int8", (1, 1, 256, 40))
+    assert is_turned(problem_of(Tensor(x), Tensor(w)))
+    assert_right(x, w)
 
 
 @pytest.mark.parametrize(

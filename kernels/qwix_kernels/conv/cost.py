@@ -50,6 +50,18 @@ def result_bytes(p: ConvProblem, dtype: str | None = None) -> float:
     return math.prod(p.out_shape) * dtype_bits(dtype or p.out_dtype) / 8
 
 
+def tiled_bytes(p: ConvProblem) -> float:
+    """HBM bytes that any kernel moves: operands and result row by row, in registers of 8 x 128 places.
+
+    64 features are moved as 128, and 14 columns as 16: no smaller piece of a row-major array can be read.
+    """
+    up = lambda size, unit: -(-size // unit) * unit
+    padded = lambda size, features: up(size, 8) / max(size, 1) * up(features, _LANES) / max(features, 1)
+    size, out = (p.spatial[-1], p.out[-1]) if p.windows else (1, 1)
+    images = lhs_bytes(p) * padded(size, p.features)
+    return images + rhs_bytes(p) + result_bytes(p) * padded(out, p.out_features)
+
+
 def floor(problem: ConvProblem, chip: Chip) -> tuple[float, float]:
     """(compute, memory) in microseconds; the floor is the greater one."""
     p = problem

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,20 +20,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwix_kernels.chips import Chip
-from qwix_kernels.conv import tpu_depthwise, tpu_epilogue, tpu_estimate, tpu_kernel, tpu_pointwise
+from qwix_kernels.conv import tpu_depthwise, tpu_epilogue, tpu_estimate, tpu_kernel, tpu_pointwise, tpu_stage
 from qwix_kernels.conv.problem import NO_EXTRAS, ConvExtras, ConvProblem, Window
-from qwix_kernels.conv.tpu_plan import Plan, dot_dtypes, make_plan
+from qwix_kernels.conv.tpu_blocks import fitting
+from qwix_kernels.conv.tpu_plan import Plan
 from qwix_kernels.dispatch import Estimate
-from qwix_kernels.matmul.tpu_config import LANES, pl_cdiv
+from qwix_kernels.matmul.tpu_config import LANES
 from qwix_kernels.problem import Tensor, dtype_bits
 
 _LHS = ("bfloat16", "float32", "int8", "int4", "float8_e4m3fn", "float8_e5m2")
 _RHS = ("bfloat16", "int8", "int4", "float8_e4m3fn", "float8_e5m2")
 _OUT = ("bfloat16", "float32", "int32")
 _LEAST_FEATURES = 32
-_MOST_COLUMNS, _CHUNKS_TRIED = 1024, 8
-_MOST_PLACES = 2048  # in one chunk
-_MOST_PUSHES = 520  # see `Plan.pushes`
 
 
 def check(problem: ConvProblem, chip: Chip) -> None:
@@ -93,47 +90,31 @@ def estimate(problem: ConvProblem, chip: Chip, config: None = None) -> Estimate:
     """Static cost on one core."""
     if problem.is_depthwise:
         return tpu_depthwise.estimate(_planar(problem), chip)
-    if tpu_pointwise.takes(problem, chip):
+    if is_matmul(problem, chip):
         return tpu_pointwise.estimate(problem, chip)
     return tpu_estimate.estimate(best(_planar(problem), chip), chip)
 
 
 @functools.lru_cache(maxsize=4096)
+def is_matmul(problem: ConvProblem, chip: Chip) -> bool:
+    """Whether the matmul kernel runs it, as the only one that can or the faster one by static estimate."""
+    if not tpu_pointwise.takes(problem, chip):
+        return False
+    if problem.features < _LEAST_FEATURES or not any(True for _ in fitting(_planar(problem), chip)):
+        return True
+    ours = tpu_estimate.estimate(best(_planar(problem), chip), chip)
+    return tpu_pointwise.estimate(problem, chip).static_us <= ours.static_us
+
+
+@functools.lru_cache(maxsize=4096)
 def best(problem: ConvProblem, chip: Chip) -> Plan:
     """The plan with the least static time, of a problem with two spatial axes."""
-    return min(fitting(problem, chip), key=lambda plan: tpu_estimate.estimate(plan, chip).static_us)
 
+    def cost(plan: Plan) -> tuple[float, float]:
+        found = tpu_estimate.estimate(plan, chip)
+        return found.static_us, found.compute_us
 
-def fitting(p: ConvProblem, chip: Chip) -> Iterator[Plan]:
-    """Plans that the chip's VMEM holds."""
-    width = max(p.out[1], *(pl_cdiv(p.windows[1].size, w.stride) for w in p.windows[1:]))
-    pitches = {pl_cdiv(width, unit) * unit for unit in (8, 16, 32)}
-    columns = {n for n in (128, 256, 512, 640) if n < p.out_features}
-    columns |= {p.out_features} if p.out_features <= _MOST_COLUMNS else set()
-    unit = 32 if dot_dtypes(p, chip)[0] != "bfloat16" else 16
-    for pitch in sorted(pitches):
-        for block_n in sorted(columns):
-            each = pl_cdiv(p.k, chip.mxu) * pl_cdiv(block_n, chip.mxu)
-            most = max(1, min(_MOST_PLACES, _MOST_PUSHES * unit // each) // pitch)
-            for images in (n for n in (1, 2, 4, 8, 16) if n <= p.batch):
-                yield from _with_chunks(p, chip, pitch, images, block_n, most)
-
-
-def _with_chunks(
-    p: ConvProblem, chip: Chip, pitch: int, images: int, block_n: int, most: int
-) -> Iterator[Plan]:
-    """The plans with the longest chunks, up to some `most` rows: the more chunks, the less is hidden."""
-    found = 0
-    for rows in range(most, 0, -1):
-        if rows * pitch % 32:
-            continue
-        try:
-            yield make_plan(p, chip, pitch, images, rows, block_n)
-        except NotImplementedError:
-            continue
-        found += 1
-        if found == _CHUNKS_TRIED:
-            return
+    return min(fitting(problem, chip), key=cost)
 
 
 def _planar(p: ConvProblem) -> ConvProblem:
@@ -163,7 +144,7 @@ def run(
     """
     if problem.is_depthwise:
         out = tpu_depthwise.run(_planar(problem), lhs, rhs, extras, chip=chip, interpret=interpret)
-    elif plan is None and tpu_pointwise.takes(problem, chip):
+    elif plan is None and is_matmul(problem, chip):
         out = tpu_pointwise.run(problem, lhs, rhs, extras, chip=chip, interpret=interpret)
     else:
         out = _run(plan or best(_planar(problem), chip), lhs, rhs, extras, chip, interpret)
@@ -175,8 +156,12 @@ def _run(plan: Plan, lhs: Tensor, rhs: Tensor, extras: ConvExtras, chip: Chip, i
     p = plan.problem
     names, arrays, specs = zip(*_operands(plan, lhs, rhs, extras), strict=True)
     scratch = _scratch(plan)
-    out = jax.ShapeDtypeStruct(p.out_shape, jnp.dtype(p.out_dtype))
-    block = pl.BlockSpec((plan.images, plan.out_rows, plan.pitch, plan.block_n), lambda b, j: (b, 0, 0, j))
+    h, w = plan.windows
+    shape = (p.batch, h.out, plan.bands, w.out, p.out_features)
+    out = jax.ShapeDtypeStruct(shape, jnp.dtype(p.out_dtype))
+    block = pl.BlockSpec(
+        (plan.block_images, plan.out_rows, plan.bands, plan.pitch, plan.block_n), lambda b, j: (b, 0, 0, 0, j)
+    )
     moved = sum(a.size * dtype_bits(a.dtype.name) // 8 for a in (*arrays, out))
     flops = 2 * out.size * p.k
     return pl.pallas_call(
@@ -201,19 +186,22 @@ def _operands(
 ) -> list[tuple[str, jax.Array, pl.BlockSpec]]:
     """(name in the kernel, array, block) of everything the kernel reads."""
     p, n = plan.problem, plan.problem.batch
-    images, columns = plan.images, plan.block_n
+    images, columns = plan.block_images, plan.block_n
     x = lhs.values.reshape(n, *p.spatial, p.features)
     block = (images, plan.block_rows, plan.block_columns, p.features)
     out = [("lhs", x, pl.BlockSpec(block, lambda b, j: (b, 0, 0, 0)))]
     weights = rhs.values.reshape(p.k, p.out_features)
-    out.append(("rhs", weights, pl.BlockSpec((p.k, columns), lambda b, j: (0, j))))
+    of_weights = pl.BlockSpec((p.k, columns), lambda b, j: (0, j))
+    if plan.turned:
+        weights, of_weights = weights.T, pl.BlockSpec((columns, p.k), lambda b, j: (j, 0))
+    out.append(("rhs", weights, of_weights))
     across = pl.BlockSpec((1, columns), lambda b, j: (0, j))
     of_image = pl.BlockSpec((images, 1, LANES), lambda b, j: (b, 0, 0))
     small = tpu_epilogue.operands(p, lhs, rhs, extras)
     one = pl.BlockSpec((1, 1), lambda b, j: (0, 0))
     blocks = {"lhs_scale": of_image, "one_scale": one, "out_scale": one}
     out += [(name, v, blocks.get(name, across)) for name, v in small.items()]
-    masks = tpu_kernel.mask_array(plan)
+    masks = tpu_stage.mask_array(plan)
     if masks is not None:
         out.append(("masks", jnp.asarray(masks), pl.BlockSpec(masks.shape, lambda b, j: (0, 0, 0))))
     return out
@@ -221,8 +209,9 @@ def _operands(
 
 def _scratch(plan: Plan) -> dict[str, Any]:
     p = plan.problem
-    names = [tpu_kernel.flat_name(phase) for phase in plan.phases]
-    names += [f"copy{i}" for i in range(len(plan.copies))]
+    sets = range(2 if plan.turns > 1 else 1)
+    names = [tpu_stage.flat_name(phase, which) for phase in plan.phases for which in sets]
+    names += [tpu_stage.name_of(plan, copy, which) for copy in plan.copies for which in sets]
     out: dict[str, Any] = {
         name: pltpu.VMEM(
             (plan.lane_groups, plan.length // plan.per_word, LANES if plan.pads else min(p.features, LANES)),
@@ -231,12 +220,16 @@ def _scratch(plan: Plan) -> dict[str, Any]:
         for name in names
     }
     if plan.widens_rhs:
-        out["rhs_ready"] = pltpu.VMEM((p.taps * plan.tap_rows, plan.block_n), jnp.dtype(plan.rhs_dot))
+        out["rhs_ready"] = pltpu.VMEM((plan.depth, plan.columns), jnp.dtype(plan.rhs_dot))
     if plan.finds_scale:
-        out["found"] = pltpu.VMEM((plan.images, 1, LANES), jnp.float32)
+        out["tops"] = out["found"] = pltpu.VMEM((plan.block_images, 1, LANES), jnp.float32)
     if plan.images > 1 and (plan.finds_scale or p.lhs.is_quantized or plan.quantizes):
-        out["row_scale"] = pltpu.VMEM((plan.body, LANES), jnp.float32)
-    if plan.splits:
+        for which in sets:
+            out[f"row_scale{which}"] = pltpu.VMEM((plan.body, LANES), jnp.float32)
+    if plan.splits_words:
+        lanes = min(p.features, LANES)
+        out["line"] = pltpu.VMEM((plan.stage_rows, plan.pitch // 2, lanes), jnp.int32)
+    elif plan.splits:
         wide = jnp.int32 if jnp.issubdtype(p.lhs.dtype, jnp.integer) else jnp.float32
         out["line"] = pltpu.VMEM((plan.stage_rows, plan.block_columns, min(p.features, LANES)), wide)
     return out

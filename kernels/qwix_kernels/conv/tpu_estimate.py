@@ -30,6 +30,8 @@ def estimate(plan: Plan, chip: Chip) -> Estimate:
     note = (
         f"{plan.lhs_dot} x {plan.rhs_dot}, {plan.images} images of pitch {plan.pitch}, "
         f"chunks of {plan.chunk}, {plan.block_n} columns, {len(plan.copies)} copies"
+        + (f", {plan.turns} turns" if plan.turns > 1 else "")
+        + (f", {plan.bands} bands" if plan.bands > 1 else "")
     )
     return Estimate(compute, memory, max(compute, memory), max(cost.floor(plan.problem, chip)), note)
 
@@ -40,8 +42,8 @@ def compute_cycles(plan: Plan, chip: Chip) -> float:
     blocks, columns = plan.grid
     lanes = pl_cdiv(p.features, LANES) * LANES
     # The dots of a step.
-    deep = pl_cdiv(p.taps * plan.tap_rows, chip.mxu) * chip.mxu
-    wide = pl_cdiv(plan.block_n, chip.mxu) * chip.mxu
+    deep = pl_cdiv(plan.depth, chip.mxu) * chip.mxu
+    wide = pl_cdiv(plan.columns, chip.mxu) * chip.mxu
     places = plan.chunks * plan.chunk
     rate = {"int8": chip.int8}.get(plan.lhs_dot, chip.bf16)
     if is_fp8(plan.lhs_dot) and is_fp8(plan.rhs_dot):
@@ -54,26 +56,26 @@ def compute_cycles(plan: Plan, chip: Chip) -> float:
     matrix = max(matrix, push * plan.chunks)
     e = p.epilogue or Epilogue()
     after = _END + _ACTIVATION[e.activation] + e.bias + 3 * (e.quantize is not None) + (plan.images > 1)
-    out = places * pl_cdiv(plan.block_n, LANES) * LANES / 1024
-    vector = after * out / 4
-    dots = max(matrix, vector) + _NOT_HIDDEN * min(matrix, vector) + _CHUNK * plan.chunks
+    vector = after * places * pl_cdiv(plan.columns, LANES) * LANES / 1024 / 4
     # Staging, once for all blocks of columns.
     values = plan.images * plan.block_rows * plan.block_columns * lanes / 1024
-    stage = _STAGE + _QUANTIZE * plan.quantizes + _SPLIT * plan.splits
+    stage = _STAGE + _QUANTIZE * plan.quantizes + _SPLIT * plan.splits / (4 if plan.splits_words else 1)
     stage += _ABSMAX[plan.bf16_math and p.lhs.dtype == "bfloat16"] * plan.finds_scale
     copied = len(plan.copies) * plan.length * lanes / 1024 * dtype_bits(plan.lhs_dot) / 32
     staging = (stage * values + _WORD * copied) / 4
-    if plan.widens_rhs:
-        dots += 3.0 * p.k * plan.block_n / 1024 / 4
-    return blocks * (columns * (dots + _STEP) + staging)
+    side_by_side = lambda a, b: max(a, b) + _NOT_HIDDEN * min(a, b)
+    rest = _CHUNK * plan.chunks
+    weights = 3.0 * plan.depth * plan.columns / 1024 / 4 if plan.widens_rhs else 0.0
+    if plan.turns > 1:
+        turn = side_by_side(matrix, vector + staging) + rest
+        return blocks * (plan.turns * turn + staging + weights + _STEP)
+    dots = side_by_side(matrix, vector) + rest
+    return blocks * (columns * (dots + weights + _STEP) + staging)
 
 
 def memory_us(plan: Plan, chip: Chip) -> float:
-    """Bytes that the blocks move over the bandwidth, with the sublanes that widths are padded to."""
+    """Bytes that the blocks move over the bandwidth."""
     p = plan.problem
     blocks, columns = plan.grid
-    up = lambda size: pl_cdiv(size, 8) * 8
-    lhs = cost.lhs_bytes(p) * up(p.spatial[-1]) / p.spatial[-1]
-    rhs = cost.rhs_bytes(p) * (blocks if columns > 1 else 1)
-    out = cost.result_bytes(p) * up(p.out[-1]) / p.out[-1]
-    return (lhs + rhs + out) / (chip.hbm_gbps * 1e3)
+    again = cost.rhs_bytes(p) * (blocks - 1 if columns > 1 else 0)
+    return (cost.tiled_bytes(p) + again) / (chip.hbm_gbps * 1e3)

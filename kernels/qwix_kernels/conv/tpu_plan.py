@@ -21,7 +21,7 @@ import math
 from qwix_kernels.chips import Chip
 from qwix_kernels.conv.problem import ConvProblem, Window
 from qwix_kernels.matmul.tpu_config import LANES, pl_cdiv
-from qwix_kernels.matmul.tpu_plan import EXACT_BITS, VMEM_SHARE, is_fp8
+from qwix_kernels.matmul.tpu_plan import EXACT_BITS, is_fp8
 from qwix_kernels.problem import dtype_bits
 
 _STAGED = 256  # flat rows
@@ -63,10 +63,22 @@ class Plan:
     rhs_dot: str
     bf16_math: bool
     mxu: int  # columns of the matrix unit
+    turns: int = 1  # groups of images in one block; the next one is staged while one is multiplied
+    bands: int = 1  # neighbouring rows of the result side by side in the columns of the matrix unit
 
     @property
     def windows(self) -> tuple[Window, Window]:
-        return self.problem.windows  # type: ignore[return-value]
+        """The geometry of the dots, whose taps are those of all bands."""
+        h, w = self.problem.windows
+        if self.bands == 1:
+            return h, w
+        kernel, stride, out = (
+            h.kernel + (self.bands - 1) * h.stride,
+            self.bands * h.stride,
+            h.out // self.bands,
+        )
+        high = (out - 1) * stride + kernel - h.size - h.low
+        return dataclasses.replace(h, kernel=kernel, stride=stride, high=high), w
 
     @property
     def unit(self) -> int:
@@ -95,17 +107,33 @@ class Plan:
 
     @property
     def chunks(self) -> int:
-        p = self.problem
-        return pl_cdiv(p.out[0] if self.images == 1 else self.images * self.rows, self.chunk_rows)
+        return pl_cdiv(self.windows[0].out if self.images == 1 else self.images * self.rows, self.chunk_rows)
 
     @property
     def grid(self) -> tuple[int, int]:
-        return pl_cdiv(self.problem.batch, self.images), pl_cdiv(self.problem.out_features, self.block_n)
+        return pl_cdiv(self.problem.batch, self.block_images), pl_cdiv(
+            self.problem.out_features, self.block_n
+        )
+
+    @property
+    def block_images(self) -> int:
+        """Images in one block."""
+        return self.images * self.turns
+
+    @property
+    def copies_are_local(self) -> bool:
+        """Whether a copy's row has places of the same row only."""
+        return all(copy.skew == 0 for copy in self.copies)
+
+    @property
+    def stage_groups(self) -> int:
+        """Groups of rows in which an image is staged."""
+        return pl_cdiv(self.phase_rows, self.stage_rows)
 
     @functools.cached_property
     def taps(self) -> tuple[Tap, ...]:
         """In the order of the kernel's elements."""
-        h, w = ([_reads(v, t) for t in range(v.kernel)] for v in self.windows)
+        h, w = ([reads(v, t) for t in range(v.kernel)] for v in self.windows)
         return tuple(Tap((ph, pw), row, column) for ph, row in h for pw, column in w)
 
     @functools.cached_property
@@ -209,7 +237,13 @@ class Plan:
 
     @property
     def splits(self) -> bool:
-        return any(v.stride > 1 for v in self.windows)
+        """Whether columns are taken apart."""
+        return self.windows[1].stride > 1
+
+    @property
+    def splits_words(self) -> bool:
+        """Whether columns are taken apart four bytes at a time."""
+        return self.windows[1].stride == 2 and self.problem.lhs.dtype == "int8"
 
     @property
     def quantizes(self) -> bool:
@@ -223,8 +257,18 @@ class Plan:
     @property
     def pushes(self) -> int:
         """Matrix instructions of a chunk, each of a native tile of rows: what there is to compile."""
-        wide = pl_cdiv(self.problem.taps * self.tap_rows, self.mxu) * pl_cdiv(self.block_n, self.mxu)
+        wide = pl_cdiv(self.depth, self.mxu) * pl_cdiv(self.columns, self.mxu)
         return self.chunk // self.unit * wide
+
+    @property
+    def depth(self) -> int:
+        """Products in a dot, zeros included."""
+        return len(self.taps) * self.tap_rows
+
+    @property
+    def columns(self) -> int:
+        """Of a dot."""
+        return self.block_n * self.bands
 
     @property
     def partial(self) -> str:
@@ -239,28 +283,65 @@ class Plan:
         """
         p = self.problem
         if self.partial == "int32" or p.out_dtype != "int32":
-            return p.taps
+            return len(self.taps)
         lhs = dtype_bits(p.quantize_lhs.dtype if p.quantize_lhs else p.lhs.dtype)
         products = 1 << (EXACT_BITS - (lhs - 1) - (p.rhs.bits - 1))
-        return max(0, min(p.taps, products // p.features))
+        return max(0, min(len(self.taps), products // p.features))
+
+    @property
+    def full(self) -> int:
+        """Features of a tap in whole registers of lanes."""
+        return self.problem.features // LANES * LANES
+
+    @property
+    def rest(self) -> int:
+        """Lanes for the other features of a tap: as many as several taps fill a register with."""
+        left = self.problem.features - self.full
+        return 1 << (left - 1).bit_length() if left else 0
 
     @property
     def pads(self) -> bool:
-        """Whether each tap takes whole registers of lanes, where moving its features together costs more."""
-        return self.problem.features % LANES != 0 and LANES % self.problem.features != 0
+        """Whether some of these lanes have no feature."""
+        return self.tap_rows != self.problem.features
 
     @property
     def tap_rows(self) -> int:
         """Rows of the weights for each tap."""
-        return self.lane_groups * LANES if self.pads else self.problem.features
+        return self.full + self.rest
+
+    def weight_row(self, tap: int, feature: int) -> int:
+        """Where the weights of a tap's feature lie: whole registers come first in a dot, then the rests."""
+        first = tap // self.exact_taps * self.exact_taps
+        taps = min(self.exact_taps, len(self.taps) - first)
+        of_dot = (tap - first) * self.full + feature
+        if feature >= self.full:
+            of_dot = taps * self.full + (tap - first) * self.rest + feature - self.full
+        return first * self.tap_rows + of_dot
 
     @property
     def widens_rhs(self) -> bool:
         """Whether the weights are rewritten into VMEM, in the matrix unit's dtype."""
-        return self.problem.rhs.dtype != self.rhs_dot or self.pads
+        return (
+            self.problem.rhs.dtype != self.rhs_dot
+            or bool(self.full and self.rest)
+            or self.pads
+            or self.bands > 1
+            or self.turned
+        )
+
+    @property
+    def turned(self) -> bool:
+        """Whether the weights lie column by column in memory, as they do where that pads fewer lanes."""
+        return is_turned(self.problem)
 
 
-def _reads(window: Window, tap: int) -> tuple[int, int]:
+def is_turned(p: ConvProblem) -> bool:
+    """Whether XLA's layout of a 1 x 1 kernel has its inputs along the lanes."""
+    up = lambda size: pl_cdiv(size, LANES) * LANES
+    return p.taps == 1 and p.out_features * up(p.features) < p.features * up(p.out_features)
+
+
+def reads(window: Window, tap: int) -> tuple[int, int]:
     """(phase, shift): out i reads element (i + shift) of the phase."""
     at = tap * window.rhs_dilation - window.low
     return at % window.stride, at // window.stride
@@ -277,46 +358,3 @@ def dot_dtypes(p: ConvProblem, chip: Chip) -> tuple[str, str]:
     # Mosaic widens a narrow rhs on the way into the matrix unit.
     narrow = rhs in ("int8", "int4") or is_fp8(rhs)
     return "bfloat16", rhs if narrow else "bfloat16"
-
-
-def make_plan(p: ConvProblem, chip: Chip, pitch: int, images: int, chunk_rows: int, block_n: int) -> Plan:
-    """The plan with these blocks; NotImplementedError where VMEM does not hold them."""
-    lhs_dot, rhs_dot = dot_dtypes(p, chip)
-    h = p.windows[0]
-    shifts = [_reads(h, t) for t in range(h.kernel)]
-    above = max(0, -min(row for _, row in shifts))
-    phase_rows = max(pl_cdiv(h.size - phase, h.stride) for phase, _ in shifts)
-    need = max(phase_rows + above, h.out + max(0, max(row for _, row in shifts)))
-    unit = 32 * 8 // dtype_bits(lhs_dot)
-    rows = pl_cdiv(need, step := unit // math.gcd(pitch, unit)) * step
-    plan = Plan(p, pitch, rows, images, chunk_rows, block_n, lhs_dot, rhs_dot, chip.bf16_math, chip.mxu)
-    fits = rows % chunk_rows == 0 or (chunk_rows % rows == 0 and (images * rows) % chunk_rows == 0)
-    if images > 1 and not fits:
-        raise NotImplementedError(f"chunks of {chunk_rows} rows do not divide {images} images of {rows} rows")
-    if not plan.exact_taps:
-        raise NotImplementedError(
-            f"one tap of {p.features} features is more than {chip.name} adds up exactly on a float unit"
-        )
-    if (used := vmem_bytes(plan)) > VMEM_SHARE * chip.vmem_bytes:
-        room = int(VMEM_SHARE * chip.vmem_bytes) >> 20
-        raise NotImplementedError(
-            f"blocks of {images} images of {h.size} x {p.windows[1].size} x {p.features} and {block_n} "
-            f"output features need {used >> 20} MiB of VMEM; {chip.name} has {room} MiB"
-        )
-    return plan
-
-
-def vmem_bytes(plan: Plan) -> int:
-    """VMEM that the blocks (two of each), the flat images and the largest temporaries take."""
-    p = plan.problem
-    lanes = pl_cdiv(p.features, LANES) * LANES
-    columns = pl_cdiv(plan.block_n, LANES) * LANES
-    of_lhs = plan.images * plan.block_rows * pl_cdiv(plan.block_columns, 16) * 16 * lanes * p.lhs.bits // 8
-    flat = (len(plan.phases) + len(plan.copies)) * plan.length * lanes * dtype_bits(plan.lhs_dot) // 8
-    weights = p.k * columns * p.rhs.bits // 8
-    out = plan.images * plan.out_rows * pl_cdiv(plan.pitch, 16) * 16 * columns * dtype_bits(p.out_dtype) // 8
-    ready = p.taps * plan.tap_rows * columns * dtype_bits(plan.rhs_dot) // 8
-    scratch = ready if plan.widens_rhs else 0
-    scratch += plan.body * LANES * 4 if plan.images > 1 else 0
-    scratch += plan.chunk * (3 * columns * 4 + p.taps * lanes * dtype_bits(plan.lhs_dot) // 8)
-    return 2 * (of_lhs + weights + out) + flat + scratch

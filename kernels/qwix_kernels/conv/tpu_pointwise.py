@@ -17,6 +17,7 @@ from qwix_kernels.matmul import tpu_stored
 from qwix_kernels.problem import Epilogue, Extras, MatmulProblem, Operand, Tensor
 
 _SUBLANES = 8
+_XLA_OP_US = 1.1  # as the compiler estimates one on a row of numbers
 
 
 def takes(problem: ConvProblem, chip: Chip) -> bool:
@@ -69,6 +70,8 @@ def estimate(problem: ConvProblem, chip: Chip) -> Estimate:
     before = 0.0
     if problem.quantize_lhs and not problem.quantize_lhs.static:  # one image's maximum, by XLA
         before = cost.lhs_bytes(problem) / (chip.hbm_gbps * 1e3)
+    if problem.lhs.is_quantized and problem.rhs.is_quantized:  # their scales are multiplied by XLA
+        before += _XLA_OP_US
     least = max(cost.floor(problem, chip))
     return dataclasses.replace(
         found,
