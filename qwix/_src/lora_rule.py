@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,11 @@ import jax
 from qwix._src import qconfig
 
 Initializer = Callable[..., jax.Array]
-he_uniform: Initializer = jax.nn.initializers.he_uniform()
+
+
+def he_uniform(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """`jax.nn.initializers.he_uniform()`, as a function that can be pickled."""
+    return jax.nn.initializers.he_uniform()(key, shape, dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +75,3 @@ class LoraRule(qconfig.QuantizationRule):
     def scaling(self) -> float:
         """What A B is multiplied by."""
         return float(self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank))
-
-
-def quantizes(rule: Any) -> bool:
-    """Whether a rule says how to store weights."""
-    return rule is not None and rule.weight_qtype is not None

@@ -30,8 +30,10 @@ from qwix._src.providers.qt import QtProvider
 from qwix._src.report_records import sqnr_db
 from qwix._src.static_range import StaticScales
 from qwix._src.utils import flax_util
-from qwix._src.weight import WeightInfo, WeightTracer
+from qwix._src.weight import WeightInfo, WeightTracer, tag
 from qwix._src.with_aux import WithAux
+
+_INSIDE = WeightInfo(None, "weight")
 
 
 def quantize_nnx_model(
@@ -197,8 +199,11 @@ def discover(
             _plant(shadow, trace)
             use(shadow, *arguments)
 
+        marked = interception.Interceptor({"flax.nnx.Variable.get_value": _marked_value}, id=id(handler))
         with flax_util.nnx_paths(shadow), qconfig.running(provider):
-            _intercepted(provider, op_trace.run)(handler, run)
+            call = _intercepted(provider, op_trace.run)
+            call = interception.wrap_func_intercepted(call, lambda: marked, disable_jit=False)
+            call(handler, run)
 
     jax.eval_shape(body, *leaves)
     return handler
@@ -222,6 +227,13 @@ def _abstract(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
         return jax.tree.map(lambda x: nnx.merge(*x) if is_split(x) else x, unflat, is_leaf=is_split)
 
     return [x for x, a in zip(leaves, is_array, strict=True) if a], rebuild
+
+
+def _marked_value(variable: nnx.Variable[Any], *args: Any, **kwargs: Any) -> Any:
+    """`Variable.get_value`, where that of a param is marked as a weight: so layers under vmap are known."""
+    value = nnx.Variable.get_value(variable, *args, **kwargs)
+    is_float = isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
+    return tag(value, _INSIDE) if isinstance(variable, nnx.Param) and is_float else value
 
 
 def _plant(shadow: nnx.Module, trace: op_trace.OpTrace) -> None:
@@ -248,8 +260,8 @@ def convert(model: nnx.Module, provider: qconfig.QuantizationProvider, found: Ma
 
 def _quantize(slot: Slot, what: Found, provider: Any) -> WithAux:
     raw = slot.value.get_raw_value()
-    kwargs = {"info": what.info, "lifted": what.lifted, "prepacked": provider.prepack and what.packs}
-    kwargs["_qarray_module"] = provider._qarray
+    kwargs = {"info": what.info, "lifted": what.lifted, "cut": what.cut, "_qarray_module": provider._qarray}
+    kwargs["prepacked"] = provider.prepack and what.packs
     if isinstance(raw, jax.ShapeDtypeStruct):
         return jax.eval_shape(
             lambda x: create_quantized_param(slot.name, slot.value.copy(x), what.how, **kwargs), raw
