@@ -33,7 +33,8 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
-                env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+                # With one seed, sets print alike in all processes: the text of a chip is part of a cache's keys.
+                env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "PYTHONHASHSEED": "0"},
             )
 
     def request(self, what: dict[str, Any]) -> dict[str, Any] | None:
