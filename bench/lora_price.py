@@ -85,12 +85,12 @@ class Row:
 
 
 def cells(chips: Sequence[str], schemes: Sequence[str] = ()) -> list[LoraCell]:
-    """The suite on these chips: both 4-bit bases on every layer, the rest on the square one.
+    """The suite on these chips: int4 on every layer, the rest on the square one; more gradients on v6e.
 
     Raises ValueError for a chip or a scheme that is not known.
 
     >>> str(cells(["v6e"])[0])
-    'v6e wnf4a16_g64 q 512 x 4096 x 4096, x @ w'
+    'v6e w4a16_g128 q 512 x 4096 x 4096, x @ w'
     """
     check_chips(chips)
     for name in schemes:
@@ -100,10 +100,11 @@ def cells(chips: Sequence[str], schemes: Sequence[str] = ()) -> list[LoraCell]:
     nf4, int4, w8a8 = SCHEMES
     found = []
     for chip in chips:
-        found += [LoraCell(chip, scheme, 512, layer) for layer in layers for scheme in (nf4, int4)]
+        found += [LoraCell(chip, int4, 512, layer) for layer in layers]
         found += [LoraCell(chip, int4, 2048, square), LoraCell(chip, w8a8, 2048, square)]
         backward = layers if chip == "v6e" else layers[:1]
-        found += [LoraCell(chip, nf4, 512, layer, backward=True) for layer in backward]
+        found += [LoraCell(chip, int4, 512, layer, backward=True) for layer in backward]
+        found += [LoraCell(chip, nf4, 512, square, backward) for backward in (False, True)]
     return [cell for cell in found if not schemes or cell.scheme in schemes]
 
 
