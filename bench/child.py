@@ -33,7 +33,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
-                # With one seed, sets print alike in all processes: the text of a chip is part of a cache's keys.
+                # With one seed sets print alike in all processes: a chip's text is part of keys of caches.
                 env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "PYTHONHASHSEED": "0"},
             )
 
