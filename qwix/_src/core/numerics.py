@@ -25,6 +25,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from qwix_kernels import problem
 
+from qwix._src.core import explicit_mesh
+
+from qwix._src.core import explicit_mesh
+
 NoiseFn = Callable[[Sequence[int]], jax.Array]
 QType = str | np.dtype
 
@@ -270,7 +274,9 @@ def fp_to_nf4(array: jax.Array) -> jax.Array:
 
 def nf4_to_fp(array: jax.Array) -> jax.Array:
     """NF4 values (float32) of indices (uint4)."""
-    return get_nf4_buckets().at[array.astype(jnp.int32)].get(mode="promise_in_bounds")
+    indices = array.astype(jnp.int32)
+    laid_out = explicit_mesh.sharding_of(indices)  # a gather must be told
+    return get_nf4_buckets().at[indices].get(mode="promise_in_bounds", out_sharding=laid_out)
 
 
 def is_integer(dtype: Any) -> bool:
