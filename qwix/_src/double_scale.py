@@ -75,12 +75,7 @@ class DoubleScale:
 
     def rebuild(self) -> jax.Array:
         """The scales, never negative. The same bits eagerly and compiled."""
-        order = _order(self.lead, self.ndim)
-        sizes = [self.shape[axis] for axis in order]
-        lead, count = sizes[: len(self.lead)], math.prod(sizes[len(self.lead) :])
-        blocks = self.step.transpose(order).reshape(*lead, -1, 1)
-        spread = jnp.broadcast_to(blocks, (*blocks.shape[:-1], BLOCK)).reshape(*lead, -1)[..., :count]
-        step = spread.reshape(sizes).transpose(np.argsort(order))
+        step = _spread(self.step, self.lead, self.shape)
         return jnp.maximum(self.codes.astype(jnp.float32) * step + self.mean, 0).astype(self.dtype)
 
 
@@ -89,6 +84,16 @@ flax.nnx.register_data_type(DoubleScale)
 
 def _order(lead: Sequence[int], ndim: int) -> list[int]:
     return [*lead, *(axis for axis in range(ndim) if axis not in lead)]
+
+
+def _spread(step: jax.Array, lead: Sequence[int], shape: Sequence[int]) -> jax.Array:
+    """The step of each scale."""
+    order = _order(lead, len(shape))
+    sizes = [shape[axis] for axis in order]
+    lead_sizes, count = sizes[: len(lead)], math.prod(sizes[len(lead) :])
+    blocks = step.transpose(order).reshape(*lead_sizes, -1, 1)
+    rows = jnp.broadcast_to(blocks, (*blocks.shape[:-1], BLOCK)).reshape(*lead_sizes, -1)[..., :count]
+    return rows.reshape(sizes).transpose(np.argsort(order))
 
 
 def encode(scale: jax.Array, lead: Sequence[int] = (), unused: jax.Array | None = None) -> DoubleScale:
@@ -106,34 +111,24 @@ def encode(scale: jax.Array, lead: Sequence[int] = (), unused: jax.Array | None 
     """
     lead = [axis for axis in lead if scale.shape[axis] != 1]
     order = _order(lead, scale.ndim)
-    sizes = [scale.shape[axis] for axis in order]
-    lead_sizes, rest = sizes[: len(lead)], order[len(lead) :]
-    rows = scale.astype(jnp.float32).transpose(order).reshape(*lead_sizes, -1)
-    used = jnp.ones(rows.shape, bool) if unused is None else ~unused.transpose(order).reshape(rows.shape)
-    mean = rows.sum(-1, where=used, keepdims=True) / jnp.maximum(used.sum(-1, keepdims=True), 1)
-    off = jnp.where(used, rows - mean, 0)
+    rest = order[len(lead) :]
+    wide = scale.astype(jnp.float32)
+    used = jnp.ones(scale.shape, bool) if unused is None else ~unused
+    total = wide.sum(rest, where=used, keepdims=True)
+    mean = total / jnp.maximum(used.sum(rest, keepdims=True), 1)
+    off = jnp.where(used, wide - mean, 0)
+    rows = jnp.abs(off).transpose(order).reshape(*(scale.shape[axis] for axis in lead), -1)
     count, blocks = rows.shape[-1], _blocks(rows.shape[-1])
-    padded = jnp.pad(off, [(0, 0)] * len(lead) + [(0, blocks * BLOCK - count)])
-    largest = jnp.abs(padded.reshape(*lead_sizes, blocks, BLOCK)).max(-1)
-    step = lax.reduce_precision(largest / _LARGEST, exponent_bits=8, mantissa_bits=15)
-    spread = jnp.repeat(step, BLOCK, axis=-1)[..., :count]
-    ratio = off / jnp.where(spread == 0, 1, spread)
-    codes = jnp.clip(jnp.round(ratio), -_LARGEST, _LARGEST).astype(jnp.int8)
+    padded = jnp.pad(rows, [(0, 0)] * len(lead) + [(0, blocks * BLOCK - count)])
+    largest = padded.reshape(*rows.shape[:-1], blocks, BLOCK).max(-1)
     longest = max(rest, key=lambda axis: (scale.shape[axis], axis))
     shape = [n if axis in lead else blocks if axis == longest else 1 for axis, n in enumerate(scale.shape)]
-    back = np.argsort(order)
-    return DoubleScale(
-        codes=codes.reshape(sizes).transpose(back),
-        step=_placed(step, lead, shape),
-        mean=_placed(mean, lead, [n if axis in lead else 1 for axis, n in enumerate(scale.shape)]),
-        dtype=jnp.dtype(scale.dtype),
-    )
-
-
-def _placed(x: jax.Array, lead: Sequence[int], shape: Sequence[int]) -> jax.Array:
-    """[lead.., n] with its lead axes where they belong in `shape`."""
-    order = _order(lead, len(shape))
-    return x.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
+    largest = largest.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
+    step = lax.reduce_precision(largest / _LARGEST, exponent_bits=8, mantissa_bits=15)
+    each = _spread(step, lead, scale.shape)
+    ratio = jnp.round(off / jnp.where(each == 0, 1, each))
+    codes = jnp.clip(ratio, -_LARGEST, _LARGEST).astype(jnp.int8)
+    return DoubleScale(codes, step, mean, jnp.dtype(scale.dtype))
 
 
 def _blocks(count: int) -> int:
@@ -154,15 +149,6 @@ def _double_bytes(shape: Sequence[int], lead: Sequence[int]) -> int:
     layers = math.prod(shape[axis] for axis in lead)
     count = math.prod(n for axis, n in enumerate(shape) if axis not in lead)
     return layers * (count + 4 * _blocks(count) + 4)
-
-
-def lead_axes(how: qarray.HowToQuantize, lifted: Sequence[int], mapped: bool) -> tuple[int, ...]:
-    """The axes of a weight that scans and vmaps may cut.
-
-    Which axis of a weight of several layers is theirs isn't known when they are under vmap, or stacked along
-    another axis than the first: it can be any that has a scale for each index.
-    """
-    return tuple(sorted({*lifted, *(how.channelwise_axes if mapped else ())}))
 
 
 def double[T: Stored](array: T, lead: Sequence[int] = ()) -> T:

@@ -221,6 +221,7 @@ def _quantize(provider: BoxedParamProvider, params: Any, key: tuple[Any, ...], w
         what.how,
         info=what.info,
         lifted=what.lifted,
+        cut=what.cut,
         prepacked=provider.prepack and what.packs,
         _qarray_module=provider._qarray,
     )

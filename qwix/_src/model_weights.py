@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwix._src import double_scale, op_plan, op_trace, qconfig, weight_view
+from qwix._src import double_scale, op_plan, op_trace, qconfig, weight_steps, weight_view
 from qwix._src.adapter import AdapterSpec
 from qwix._src.core import conv_general, dot_general, qarray, ragged_kernel
 from qwix._src.dot_sides import swapped
@@ -36,6 +36,7 @@ class Found:
     records: list[tuple[str, str]]  # keys of the records of the ops that eat it
     lifted: tuple[int, ...] = ()  # axes of the param that a scan cuts: each entry needs its own scales
     packs: bool = True  # it's a matrix to the op that eats it, and may be stored as one
+    cut: tuple[int, ...] = ()  # axes that scans and vmaps cut, or may cut
 
 
 def op_name(primitive: Any) -> str:
@@ -127,7 +128,7 @@ class Discovery:
             stacked = weight.info.mapped or (not lifted and weight_view.is_stacked(weight.steps))
             info = dataclasses.replace(weight.info, rule=plan.rule, mapped=stacked, vmapped=0)
             packs = plan.op in ("dot_general", "einsum")
-            found = self.found[key] = Found(info, how, [], lifted, packs)
+            found = self.found[key] = Found(info, how, [], lifted, packs, _cut(weight, how))
         elif weight_view.runs_of(found.how, shape) != weight_view.runs_of(how, shape):
             return self._conflict(plan, weight, "with scales that don't suit this one"), None
         elif found.how.qtype != how.qtype:
@@ -156,7 +157,9 @@ def make_record(
     float.
     """
     weight = None if plan.weight_side is None else args[plan.weight_side]
-    facts = {} if weight is None else _weight_facts(weight, None if trains else how, plan.rule)
+    facts = {} if weight is None else _weight_facts(weight, None if trains else how)
+    if how is not None and not trains and weight is not None and plan.rule.double_quantize:
+        facts["device_bytes_after"] -= _saved(weight, how)
     quantized_act = next((h.qtype for h in plan.act_hows if h is not None), None)
     return OpRecord(
         path=plan.path,
@@ -176,17 +179,12 @@ def make_record(
     )
 
 
-def _weight_facts(weight: WeightTracer, how: qarray.HowToQuantize | None, rule: Any = None) -> dict[str, Any]:
+def _weight_facts(weight: WeightTracer, how: qarray.HowToQuantize | None) -> dict[str, Any]:
     shape = weight.steps[0].old if weight.steps else tuple(weight.shape)
     dtype = weight.payload.dtype
     before = after = device_bytes(jax.ShapeDtypeStruct(shape, dtype))
     if how is not None:
-        quantized = op_plan.quantized_shape(shape, dtype, how)
-        after = device_bytes(quantized)
-        if getattr(rule, "double_quantize", False):
-            lead = double_scale.lead_axes(how, weight_view.lifted(weight.steps), weight.info.mapped)
-            doubled = double_scale.scale_bytes(quantized.scale.shape, quantized.scale.dtype, lead)
-            after += doubled - device_bytes(quantized.scale)
+        after = device_bytes(op_plan.quantized_shape(shape, dtype, how))
     return {
         "weight": weight.info.name,
         "weight_shape": shape,
@@ -194,6 +192,29 @@ def _weight_facts(weight: WeightTracer, how: qarray.HowToQuantize | None, rule: 
         "device_bytes_before": before,
         "device_bytes_after": after,
     }
+
+
+def _cut(weight: WeightTracer, how: qarray.HowToQuantize) -> tuple[int, ...]:
+    """The axes of a param that scans and vmaps cut, or may cut.
+
+    Where layers are under vmap, ops may show that only as one feature axis more, so the first axis of three
+    counts as theirs if it isn't summed over. Where moves hide it, it can be any that has a scale for each
+    index.
+    """
+    steps, lifted = weight_steps.of_layer(weight.steps), weight_view.lifted(weight.steps)
+    if weight_view.is_stacked(steps) or (weight.info.mapped and steps):
+        return tuple(sorted({*lifted, *how.channelwise_axes}))
+    stored = weight.steps[0].old if weight.steps else tuple(weight.shape)
+    rest = [axis for axis in range(len(stored)) if axis not in lifted]
+    first = rest[: max(weight.info.vmapped, len(rest) > 2)]
+    return tuple(sorted({*lifted, *(axis for axis in first if axis in how.channelwise_axes)}))
+
+
+def _saved(weight: WeightTracer, how: qarray.HowToQuantize) -> int:
+    """Bytes less where the scales are quantized, too."""
+    shape = weight.steps[0].old if weight.steps else tuple(weight.shape)
+    scale = op_plan.quantized_shape(shape, weight.payload.dtype, how).scale
+    return device_bytes(scale) - double_scale.scale_bytes(scale.shape, scale.dtype, _cut(weight, how))
 
 
 def note_opaque(provider: qconfig.QuantizationProvider, name: str, args: Sequence[Any]) -> None:

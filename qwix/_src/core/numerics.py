@@ -27,8 +27,6 @@ from qwix_kernels import problem
 
 from qwix._src.core import explicit_mesh
 
-from qwix._src.core import explicit_mesh
-
 NoiseFn = Callable[[Sequence[int]], jax.Array]
 QType = str | np.dtype
 

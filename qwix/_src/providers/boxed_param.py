@@ -340,6 +340,7 @@ def create_quantized_param(
     *,
     info: Any = None,
     lifted: Sequence[int] = (),
+    cut: Sequence[int] = (),
     prepacked: bool = False,
     _qarray_module: Any = qarray,
 ) -> WithAux[Any]:
@@ -351,6 +352,8 @@ def create_quantized_param(
       how: in the layout of `value`.
       info: whose weight it is.
       lifted: axes along which every index must have scales of its own, even where the method shares them.
+      cut: axes along which it can be cut when it's stored: scales that are quantized, too, are so for each
+        index by itself.
       prepacked: store it as kernels read it (see prepack.py); not where it's several weights, nor where its
         axes have partition names.
 
@@ -372,7 +375,7 @@ def create_quantized_param(
     if prepacked and not several and not prepack.is_partitioned(value):
         quantized = prepack.prepack(quantized, how)
     if info is not None and getattr(info.rule, "double_quantize", False):
-        quantized = double_scale.double(quantized, double_scale.lead_axes(how, lifted, info.mapped))
+        quantized = double_scale.double(quantized, cut)
     return WithAux(double_scale.boxed(quantized, value), how, info)
 
 
