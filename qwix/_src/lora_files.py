@@ -98,7 +98,9 @@ def nested(leaves: Mapping[str, Any]) -> Adapters:
 
 
 def _found(model_or_params: Any) -> dict[str, Any]:
-    """{path: what holds the array}: a Variable, a linen box or the array itself."""
+    """{path: what holds the array}: a Variable, a linen box or the array itself. An adapter that stands in
+    several places of an NNX model has the first one's path.
+    """
     if isinstance(model_or_params, nnx.Module):
         values = flax_util.nnx_values(model_or_params)
         pairs = (((*path, name), value) for _, path, name, value in values if isinstance(value, nnx.Variable))
@@ -109,7 +111,13 @@ def _found(model_or_params: Any) -> dict[str, Any]:
             f"Adapters are in an nnx.Module or in a Linen model's params, not in a "
             f"{type(model_or_params).__name__}. Pass the model itself, or the nested dict of its params."
         )
-    return {"/".join(map(str, p)): value for p, value in pairs if ADAPTER_NAME.fullmatch(str(p[-1]))}
+    found: dict[str, Any] = {}
+    shared: set[int] = set()
+    for path, value in pairs:
+        if ADAPTER_NAME.fullmatch(str(path[-1])) and id(value) not in shared:
+            found["/".join(map(str, path))] = value
+            shared |= {id(value)} if isinstance(value, nnx.Variable) else set()
+    return found
 
 
 def _params(tree: Mapping[str, Any]) -> Mapping[str, Any]:
