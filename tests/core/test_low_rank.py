@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import qwix
 from qwix._src.core.low_rank import LowRank, dot_general_low_rank, low_rank_delta
@@ -127,3 +129,31 @@ def test_gradients_against_the_two_dots():
     got, want = (jax.vjp(f, *args)[1](g) for f in (fused, plain))
     for mine, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["by the operands", "as asked"])
+@pytest.mark.parametrize("rhs_dtype", ["int8", "float32"])
+def test_explicit_mesh(asked, rhs_dtype, devices):
+    """Laid out as the operands or as asked, gradients as what they are of, with the numbers of one device."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2, devices=devices)
+    numbers = (((2,), (0,)), ((), ()))
+    w = _normal(1, (32, 16))
+    w = qwix.quantize(w, "int8", channelwise_axes=(1,)) if rhs_dtype == "int8" else w
+    args = _normal(0, (8, 4, 32)), _normal(2, (32, 4)), _normal(3, (4, 16))
+
+    def run(x, a, b, w, out):
+        dot = lambda x, a, b: dot_general_low_rank(x, w, LowRank(a, b, 0.5), numbers, out_sharding=out)
+        y, pull = jax.vjp(dot, x, a, b)
+        return y, *pull(y)
+
+    alone = jax.jit(lambda x, a, b: run(x, a, b, w, None))(*args)
+    out = P("a", None, "b")
+    specs = P("a", None, None), P(None, None), P(None, "b")
+    with jax.set_mesh(mesh):
+        place = lambda v, spec: jax.device_put(v, NamedSharding(mesh, spec))
+        placed = jax.tree.map(lambda v: place(v, P(None, "b")), w)
+        given = [place(v, spec) for v, spec in zip(args, specs, strict=True)]
+        got = jax.jit(lambda x, a, b, w: run(x, a, b, w, out if asked else None))(*given, placed)
+    for mine, want, spec in zip(got, alone, (out, *specs), strict=True):
+        assert mine.sharding.spec == spec
+        np.testing.assert_allclose(mine, want, rtol=1e-4, atol=1e-5 * float(abs(want).max()))

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwix_kernels.lowering import How
+from qwix_kernels.lowering import How, explicit_axes
 from qwix_kernels.matmul import elementwise
 from qwix_kernels.matmul.primitive import Operands
 from qwix_kernels.problem import Epilogue, Extras, MatmulProblem, Tensor
@@ -65,7 +65,13 @@ def backward(problem: MatmulProblem, how: How, matmul: Matmul, saved: Operands, 
             dextras = dataclasses.replace(dextras, norm_weight=dweight)
         dlhs = Tensor(sum_to(dx, lhs.shape, lhs.values.dtype))
     if problem.low_rank:
-        dextras = dataclasses.replace(dextras, **_of_low_rank(problem, lhs.values, extras, dz))
+        own = extras.of_low_rank
+        factors: Any = functools.partial(_of_low_rank, problem)
+        if explicit_axes():
+            # Sums over what is cut are the compiler's business; the results are laid out as the factors.
+            out = {name: jax.typeof(x).sharding for name, x in own.given.items()}
+            factors = jax.sharding.auto_axes(factors, out_sharding=out)
+        dextras = dataclasses.replace(dextras, **factors(lhs.values, own, dz))
     if is_float(rhs):
         used = elementwise.prepare(problem, lhs, extras)
 

@@ -56,6 +56,8 @@ def gmm_problem_of(
         )
     if rhs.shape[0] == 0:
         raise ValueError(f"rhs {rhs.shape} has no group.")
+    if extras.of_low_rank != Extras():
+        raise ValueError("A grouped matmul takes no low-rank update; add that of two grouped matmuls.")
     product = problem_of(
         jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), lhs),
         rhs,
