@@ -7,6 +7,7 @@ layout of Hugging Face PEFT, merged into the weights, and stacked so that one ba
 from qwix._src.lora_files import adapters_of, load_adapters, save_adapters, with_adapters
 from qwix._src.lora_merge import Merged, merge, unmerge
 from qwix._src.lora_peft import load_peft, save_peft
+from qwix._src.lora_peft_config import PeftConfig, read_peft_config
 from qwix._src.lora_stack import stack
 from qwix._src.providers.lora import LoraProvider, LoraRule, apply_lora_to_model
 
@@ -14,11 +15,13 @@ __all__ = [
     "LoraProvider",
     "LoraRule",
     "Merged",
+    "PeftConfig",
     "adapters_of",
     "apply_lora_to_model",
     "load_adapters",
     "load_peft",
     "merge",
+    "read_peft_config",
     "save_adapters",
     "save_peft",
     "stack",
