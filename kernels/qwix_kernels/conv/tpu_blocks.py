@@ -13,7 +13,7 @@ from qwix_kernels.matmul.tpu_plan import VMEM_SHARE
 from qwix_kernels.problem import dtype_bits
 
 _MOST_COLUMNS, _CHUNKS_TRIED = 1024, 8
-_MOST_PLACES = 2048  # in one chunk
+_MOST_PLACES = 2048  # in one chunk; half where partial sums go in and out of registers often
 _MOST_PUSHES = 560  # see `Plan.pushes`
 
 
@@ -31,7 +31,8 @@ def fitting(p: ConvProblem, chip: Chip) -> Iterator[Plan]:
                     continue
                 deep = p.k * (p.kernel[0] + bands - 1) // p.kernel[0]
                 each = pl_cdiv(deep, chip.mxu) * pl_cdiv(block_n * bands, chip.mxu)
-                most = max(1, min(_MOST_PLACES, _MOST_PUSHES * unit // each) // pitch)
+                places = _MOST_PLACES if deep <= 4 * chip.mxu else _MOST_PLACES // 2
+                most = max(1, min(places, _MOST_PUSHES * unit // each) // pitch)
                 for images in (n for n in (1, 2, 4, 8, 16) if n <= p.batch):
                     for turns in (n for n in (1, 2, 4, 8, 16) if n * images <= p.batch):
                         if turns == 1 or block_n == p.out_features:

@@ -22,6 +22,7 @@ _ACTIVATION = {None: 0.0, "relu": 1.0, "relu6": 2.0, "silu": 8.0, "gelu_tanh": 1
 _PUSH = {128: (0.28, 0.28), 256: (0.44, 0.25)}
 _NOT_HIDDEN = 0.2  # of the lesser of matrix work and what follows it
 _STEP, _CHUNK = 400, 130  # cycles
+_ALONE = 1.7  # times as long takes staging in loops of its own, whose latency nothing hides
 
 
 def estimate(plan: Plan, chip: Chip) -> Estimate:
@@ -61,16 +62,17 @@ def compute_cycles(plan: Plan, chip: Chip) -> float:
     values = plan.images * plan.block_rows * plan.block_columns * lanes / 1024
     stage = _STAGE + _QUANTIZE * plan.quantizes + _SPLIT * plan.splits / (4 if plan.splits_words else 1)
     stage += _ABSMAX[plan.bf16_math and p.lhs.dtype == "bfloat16"] * plan.finds_scale
-    copied = len(plan.copies) * plan.length * lanes / 1024 * dtype_bits(plan.lhs_dot) / 32
+    rows = plan.body if plan.turns > 1 and plan.copies_are_local else plan.length
+    copied = len(plan.copies) * rows * lanes / 1024 * dtype_bits(plan.lhs_dot) / 32
     staging = (stage * values + _WORD * copied) / 4
     side_by_side = lambda a, b: max(a, b) + _NOT_HIDDEN * min(a, b)
     rest = _CHUNK * plan.chunks
     weights = 3.0 * plan.depth * plan.columns / 1024 / 4 if plan.widens_rhs else 0.0
     if plan.turns > 1:
         turn = side_by_side(matrix, vector + staging) + rest
-        return blocks * (plan.turns * turn + staging + weights + _STEP)
+        return blocks * (plan.turns * turn + _ALONE * staging + weights + _STEP)
     dots = side_by_side(matrix, vector) + rest
-    return blocks * (columns * (dots + weights + _STEP) + staging)
+    return blocks * (columns * (dots + weights + _STEP) + _ALONE * staging)
 
 
 def memory_us(plan: Plan, chip: Chip) -> float:

@@ -21,7 +21,7 @@ from qwix_kernels.conv.tpu_plan import Copy, Plan
 from qwix_kernels.matmul import tpu_values as values
 from qwix_kernels.matmul.elementwise import row_scale
 from qwix_kernels.matmul.tpu_config import LANES
-from qwix_kernels.problem import dtype_bits
+from qwix_kernels.problem import RowQuantize, dtype_bits
 
 Refs = dict[str, Any]
 
@@ -229,8 +229,21 @@ def _rows(
             lines.append(line)
         v = lines[0] if len(lines) == 1 else jnp.concatenate(lines, axis=0)
     if q is not None and inverse is not None:
-        v = values.quantize(v * inverse, q)
+        v = _quantize(v * inverse, q, plan.lhs_dot)
     return v
+
+
+def _quantize(x: jax.Array, how: RowQuantize, dtype: str) -> jax.Array:
+    """As `values.quantize`, for `dtype`: of int8 only the lowest bytes count, of bfloat16 float32 will do.
+
+    float32 has no fraction at this magnitude, so that the sum is rounded, half to even, and its lowest bits
+    are the integer: one operation of the vector unit instead of two or three.
+    """
+    if not jnp.issubdtype(how.dtype, jnp.integer) or how.static:
+        return values.quantize(x, how)
+    shift = jnp.float32(1.5 * 2**23)
+    x = jnp.minimum(x, jnp.float32(how.limits[1])) + shift
+    return lax.bitcast_convert_type(x, jnp.int32) if dtype == "int8" else x - shift
 
 
 def _every_other(line: Any, count: int, lanes: int, phase: int) -> jax.Array:
