@@ -12,9 +12,7 @@ from examples.smollm2.model import SmolLM2
 
 
 @nnx.jit(donate_argnames=("model", "optimizer"), static_argnames=("wrt",))
-def step(
-    model: SmolLM2, optimizer: nnx.Optimizer, tokens: jax.Array, wrt: filterlib.Filter
-) -> jax.Array:
+def step(model: SmolLM2, optimizer: nnx.Optimizer, tokens: jax.Array, wrt: filterlib.Filter) -> jax.Array:
     """Updates both in place on one window `[1, length]`; returns the loss before, in nats per token."""
 
     def loss(model: SmolLM2) -> jax.Array:
@@ -26,9 +24,7 @@ def step(
     return value
 
 
-def make_optimizer(
-    model: SmolLM2, steps: int, learning_rate: float, wrt: filterlib.Filter
-) -> nnx.Optimizer:
+def make_optimizer(model: SmolLM2, steps: int, learning_rate: float, wrt: filterlib.Filter) -> nnx.Optimizer:
     """Adam for the variables `wrt`: the learning rate rises for a tenth of the steps and falls to 0."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 10), steps)
     return nnx.Optimizer(model, optax.adam(schedule, b2=0.99), wrt=wrt)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import qwix
-from examples.smollm2 import evaluate, finetune, schemes
+from examples.smollm2 import evaluate, finetune, schemes, train
 from examples.smollm2.model import Config, SmolLM2
 
 TINY = Config(vocab_size=96, width=64, hidden=128, blocks=1, heads=4, kv_heads=2, head_size=16)
