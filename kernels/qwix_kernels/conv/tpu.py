@@ -31,7 +31,7 @@ from qwix_kernels.problem import Tensor, dtype_bits
 _LHS = ("bfloat16", "float32", "int8", "int4", "float8_e4m3fn", "float8_e5m2")
 _RHS = ("bfloat16", "int8", "int4", "float8_e4m3fn", "float8_e5m2")
 _OUT = ("bfloat16", "float32", "int32")
-_LEAST_FEATURES = 32
+_LEAST_FEATURES = 24
 
 
 def check(problem: ConvProblem, chip: Chip) -> None:

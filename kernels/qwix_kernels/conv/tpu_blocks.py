@@ -22,7 +22,11 @@ def fitting(p: ConvProblem, chip: Chip) -> Iterator[Plan]:
     width = max(p.out[1], *(pl_cdiv(p.windows[1].size, w.stride) for w in p.windows[1:]))
     pitches = {pl_cdiv(width, unit) * unit for unit in (8, 16, 32)}
     columns = {n for n in (128, 256, 512, 640) if n < p.out_features}
-    columns |= {p.out_features} if p.out_features <= _MOST_COLUMNS else set()
+    most = _MOST_COLUMNS
+    if p.taps == 1:  # their weights are small
+        most += 256
+        columns |= {1024} if p.out_features > 1024 else set()
+    columns |= {p.out_features} if p.out_features <= most else set()
     unit = 32 if dot_dtypes(p, chip)[0] != "bfloat16" else 16
     for pitch in sorted(pitches):
         for block_n in sorted(columns):
