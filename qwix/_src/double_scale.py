@@ -17,6 +17,7 @@ Invariants:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -75,11 +76,16 @@ class DoubleScale:
 
     def rebuild(self) -> jax.Array:
         """The scales, never negative. The same bits eagerly and compiled."""
-        step = _spread(self.step, self.lead, self.shape)
-        return jnp.maximum(self.codes.astype(jnp.float32) * step + self.mean, 0).astype(self.dtype)
+        return _rebuild(self)
 
 
 flax.nnx.register_data_type(DoubleScale)
+
+
+@functools.partial(jax.jit, inline=True)
+def _rebuild(scale: DoubleScale) -> jax.Array:
+    step = _spread(scale.step, scale.lead, scale.shape)
+    return jnp.maximum(scale.codes.astype(jnp.float32) * step + scale.mean, 0).astype(scale.dtype)
 
 
 def _order(lead: Sequence[int], ndim: int) -> list[int]:
@@ -112,15 +118,17 @@ def encode(scale: jax.Array, lead: Sequence[int] = (), unused: jax.Array | None 
     lead = [axis for axis in lead if scale.shape[axis] != 1]
     order = _order(lead, scale.ndim)
     rest = order[len(lead) :]
+    layers = [scale.shape[axis] for axis in lead]
+    rows_of = lambda x: x.transpose(order).reshape(*layers, -1)
     wide = scale.astype(jnp.float32)
     used = jnp.ones(scale.shape, bool) if unused is None else ~unused
-    total = wide.sum(rest, where=used, keepdims=True)
-    mean = total / jnp.maximum(used.sum(rest, keepdims=True), 1)
+    mean = rows_of(wide).sum(-1, where=rows_of(used)) / jnp.maximum(rows_of(used).sum(-1), 1)
+    mean = mean.reshape([n if axis in lead else 1 for axis, n in enumerate(scale.shape)])
     off = jnp.where(used, wide - mean, 0)
-    rows = jnp.abs(off).transpose(order).reshape(*(scale.shape[axis] for axis in lead), -1)
+    rows = rows_of(jnp.abs(off))
     count, blocks = rows.shape[-1], _blocks(rows.shape[-1])
     padded = jnp.pad(rows, [(0, 0)] * len(lead) + [(0, blocks * BLOCK - count)])
-    largest = padded.reshape(*rows.shape[:-1], blocks, BLOCK).max(-1)
+    largest = padded.reshape(*layers, blocks, BLOCK).max(-1)
     longest = max(rest, key=lambda axis: (scale.shape[axis], axis))
     shape = [n if axis in lead else blocks if axis == longest else 1 for axis, n in enumerate(scale.shape)]
     largest = largest.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
@@ -156,7 +164,12 @@ def double[T: Stored](array: T, lead: Sequence[int] = ()) -> T:
     scale: Any = array.scale
     if _double_bytes(scale.shape, lead) >= numerics.device_bytes(scale.dtype, math.prod(scale.shape)):
         return array
-    return dataclasses.replace(array, scale=encode(scale, lead, _zero_tiles(array)))
+    return dataclasses.replace(array, scale=_encoded(array, tuple(lead)))
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _encoded(array: Stored, lead: tuple[int, ...]) -> DoubleScale:
+    return encode(array.scale, lead, _zero_tiles(array))
 
 
 def _zero_tiles(array: Stored) -> jax.Array:
@@ -171,7 +184,7 @@ def double_like[T: Stored](array: T, template: Any) -> T:
     """The weight with its scales stored as the template's are."""
     if not isinstance(template.scale, DoubleScale):
         return array
-    return dataclasses.replace(array, scale=encode(array.scale, template.scale.lead, _zero_tiles(array)))
+    return dataclasses.replace(array, scale=_encoded(array, template.scale.lead))
 
 
 def rebuilt[T: Stored](array: T) -> T:
