@@ -1,5 +1,7 @@
 """Products with a weight turned round, as in its matmul's gradient: tiles along the result's columns."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from qwix_kernels.matmul import problem_of, reference, tpu
 from qwix_kernels.problem import Tensor
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
+LARGE = functools.partial(pytest.param, marks=pytest.mark.large)
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +36,10 @@ def weight(name: str, k: int, n: int, tile: int, zero: bool) -> Tensor:
     [
         ("v6e", "nf4", 64, True, 128, 128, tpu.Config(32, 128, 128, "before")),
         ("v5e", "int4", 128, True, 200, 256, tpu.Config(32, 128, 128, "before")),  # K with a tail
-        ("v7x", "int4", 32, False, 200, 256, tpu.Config(32, 128, 128, "before")),
+        LARGE("v7x", "int4", 32, False, 200, 256, tpu.Config(32, 128, 128, "before")),
         ("v6e", "int8", 256, True, 72, 256, tpu.Config(32, 128, 72, "before")),  # one tile for all columns
-        ("v6e", "nf4", 128, False, 72, 128, tpu.Config(32, 128, 72, "before")),
-        ("v6e", "int8", 64, True, 72, 128, tpu.Config(32, 128, 72, "before")),
+        LARGE("v6e", "nf4", 128, False, 72, 128, tpu.Config(32, 128, 72, "before")),
+        LARGE("v6e", "int8", 64, True, 72, 128, tpu.Config(32, 128, 72, "before")),
     ],
 )
 def test_kernel_is_within_the_bound(chip, name, tile, transposed, k, n, config):

@@ -30,7 +30,7 @@ def _operands(weight: str, tile: int):
 @pytest.mark.parametrize(
     "chip,weight,tile,rows",
     [
-        ("v5e", "int4", 128, None),
+        pytest.param("v5e", "int4", 128, None, marks=pytest.mark.large),
         ("v6e", "nf4", 64, None),
         ("v7x", "int8", 0, RowQuantize("int8", 127.5)),
     ],
