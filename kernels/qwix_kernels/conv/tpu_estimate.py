@@ -22,6 +22,7 @@ _ACTIVATION = {None: 0.0, "relu": 1.0, "relu6": 2.0, "silu": 8.0, "gelu_tanh": 1
 _PUSH = {128: (0.28, 0.28), 256: (0.44, 0.25)}
 _NOT_HIDDEN = 0.2  # of the lesser of matrix work and what follows it
 _STEP, _CHUNK = 400, 130  # cycles
+_TOGETHER = 0.4  # of staging is left beside the dots
 _ALONE = 1.7  # times as long takes staging in loops of its own, whose latency nothing hides
 
 
@@ -72,7 +73,9 @@ def compute_cycles(plan: Plan, chip: Chip) -> float:
         turn = side_by_side(matrix, vector + staging) + rest
         return blocks * (plan.turns * turn + _ALONE * staging + weights + _STEP)
     dots = side_by_side(matrix, vector) + rest
-    return blocks * (columns * (dots + weights + _STEP) + _ALONE * staging)
+    # A loop of one chunk is none: where no loop of copies is in front either, one schedule has all.
+    together = plan.chunks == 1 and columns == 1 and not plan.copies and not plan.quantizes
+    return blocks * (columns * (dots + weights + _STEP) + (_TOGETHER if together else _ALONE) * staging)
 
 
 def memory_us(plan: Plan, chip: Chip) -> float:

@@ -1,29 +1,85 @@
 """The body of the TPU convolution kernel: one grid step of a `tpu_plan.Plan`.
 
 The grid is (blocks of images, blocks of output features). In one step:
-    1. on the first block of output features the images are staged: quantized where the plan says so, laid out
-       flat phase by phase, with the shifted copies that the taps read (`stage`);
+    1. on the first block of output features the images are staged (tpu_stage.py): quantized where the plan
+       says so, laid out flat phase by phase, with the shifted copies that the taps read;
     2. chunk by chunk, the taps stand side by side along C and one dot gives the sums of all of them;
     3. scales, bias and activation go on; the result is rounded once, or quantized.
 
+Where a block has several `turns`, all its output features are in one block, and each turn's chunks have the
+staging of the next turn's images in between. Where a plan has `bands`, so many neighbouring rows of the
+result stand side by side in the columns of the matrix unit; the weights are laid out for that, with zeros.
+
 What lies in the result's block past the image, and columns past its width, is cut off by the store.
 
-The ladder: static microseconds of 3 x 3, 8 x 56 x 56 x 256 -> 256, int8 in, bfloat16 out, and what binds.
-`python -m bench.price --suite conv` gives the last figure of a line.
+The ladder: static microseconds, int8 in, bfloat16 out, and what binds. "HBM" is what operands and result take
+as they are tiled there. `python -m bench.price --suite conv` gives the last figure of a line.
 
+  3 x 3, 8 x 56 x 56 x 256 -> 256
   v6e   XLA's bfloat16 70.2, its int8 193. The matrix units need 16.1; 18.4 with rows of 56 in a pitch of 64
             53.4  chunks of 128 places, a copy for each column shift made 64 places at a time
         ->  39.8 in 256 -> 33.9 in 512 -> 32.3 in 896 -> 30.9 in 1792: filling and emptying the matrix units
                   costs some 140 cycles a chunk. The dots are then at 94 % of the units' peak, in 19.9
         ->  25.8 copies made in one loop, 256 places at a time, which share loads and hide their latency
+        ->  23.8 in eight turns, chunks of 896; 24.3 in 1792, 27.3 in 512
         rejected: a pitch of 56, which wastes nothing, but whose rows start within a native tile, so that
         every tap has a copy of its own: 42.6 against 39.8 in chunks of 256
-  v6e   14 x 14 x 256: 3.3 -> 2.0 without XLA's op in front that multiplies two scales
-  v6e   2 x 64 x 64 x 320: over two minutes to compile with features of taps side by side that fill no whole
-        registers, each moved by half of one -> 12 seconds with taps of 384, rows of zeros in the weights
+  v6e   quantized on the way: 35.2 staged alone -> 34.6 in turns -> 32.0 with maxima found two turns ahead,
+        rounding by an addition; 30.3 in chunks of 1792. The vector unit binds: of its operations half add up
+        the sums of nine passes of 256 products, and those of quantization come on top
   v5e   XLA's bfloat16 221, its int8 372; the matrix units need 75.1: 94.7 in chunks of 448
   v7x   XLA's bfloat16 48.8; no int8 unit, so bfloat16, which needs 25.7: 40.4 in three dots whose sums of
-        integers are exact in float32; sums that are scaled need not be -> one dot
+        integers are exact in float32; sums that are scaled need not be -> one dot. Quantized on the way
+        42.7 -> 38.1 in turns -> 35.4 with rounding by an addition
+
+  3 x 3, 8 x 56 x 56 x 64 -> 64: HBM 11.8, 5.9 and 2.6 (v5e, v6e, v7x), as half of the lanes are empty
+  v5e   17.7 alone -> 9.6 in eight turns and two bands; two images a turn 12.3; a pitch of 56 12.2: HBM binds
+  v6e   12.1 alone -> 5.4 in eight turns and two bands, four bands 6.3: HBM binds
+  v7x   14.5 alone -> 6.7 two bands -> 6.3 four bands, of which the matrix units need 4.9 and 4.1: zeros in
+        the weights, and moving every other tap by half a register; two rows by two columns would need 3.3
+
+  3 x 3, 8 x 28 x 28 x 128 -> 128
+  v6e   3.3 alone -> 2.8 in turns -> 2.2 and two bands. Quantized on the way: 6.2 -> 5.2 in turns and two
+        bands -> 3.3 with maxima found two turns ahead: the vector unit binds
+  v7x   4.7 alone -> 2.7 in turns and two bands, held by the matrix units for 2.4, in a pitch of 32. They need
+        4.1 without bands and 3.7 with four. Quantized on the way 6.8 alone, 7.0 in turns -> 3.5 with maxima
+        ahead and rounding by an addition
+
+  3 x 3, stride 2, 8 x 56 x 56 x 128 -> 128
+  v5e   13.1 columns taken apart in 32 bits -> 12.6 in turns: stores bind -> 7.7 four bytes at a time
+        (6.1 where the scratch of a line is left out, which the interpreter cannot run)
+  v6e   6.4 -> 5.6 in turns -> 4.3 four bytes at a time
+  v7x   7.2 -> 5.1 in turns and two bands -> 4.2 four bytes at a time (3.6 without the line): the matrix units
+        need 3.3, as bands of two take five rows, which are 1920 products of 2048; 4.1 without bands
+
+  3 x 3, 8 x 14 x 14 x 256 -> 256
+  v6e   3.3 -> 2.0 without XLA's op in front that multiplies two scales -> 1.83 in two turns of four images;
+        1.85 in four of two: the matrix units need 1.3 with rows of 14 in a pitch of 16 and rows of zeros
+
+  3 x 3, 2 x 64 x 64 x 320 -> 320
+  v5e   60.4 taps of 384, rows of zeros in the weights -> 58.9 in turns -> 50.0 whole registers of all taps
+        first, then their 64 other features two taps to a register
+  v6e   20.1 -> 20.0 -> 17.7: 320 columns fill two of the matrix unit's 256 by 63 %, and the units need 14.0.
+        Over two minutes to compile with features of taps side by side, each moved by half a register
+  v7x   29.6 -> 26.1 -> 24.0 in chunks of 320, for 256: the same, and the units need 22.3
+  3 x 3, 2 x 32 x 32 x 640 -> 640, quantized on the way
+  v6e   14.7 -> 14.0 in turns -> 13.5 alone with rounding by an addition: half of two images is staged before
+        there is a dot to hide it behind
+
+  1 x 1   by this kernel where the matmul kernel (tpu_pointwise.py) has XLA multiply the scales, in 1.1
+  8 x 56 x 56 x 24 -> 144: HBM 19.6, 9.8 and 4.4, as 24 lanes of 128 and 144 of 256 are filled. The matmul
+        kernel 20.8, 11.0 and 7.5 -> in eight turns 6.4, 3.9 and 3.7 of compute: HBM binds
+  8 x 14 x 14 x 576 -> 96: 3.7, 2.5 and 1.9 -> 2.0, 1.0 and 0.7 with weights read as XLA lays them out, inputs
+        along the lanes, which it turned round in 1.5. v7x 0.71 in two turns, 0.72 alone, 1.01 so in chunks
+        of 896: 96 columns of 256, a depth of 576 of 768, and the matrix units need 0.61 of that
+  8 x 28 x 28 x 512 -> 128: v7x 2.9 alone -> 2.14 in eight turns, 2.10 in four of two images, 4.4 of these in
+        chunks of 896: the matrix units need 1.6, half of their columns empty, and int8 is widened besides
+  8 x 7 x 7 x 512 -> 2048: v7x 2.0 in blocks of 256 columns, 1.26 of 512, 1.13 of 1024; 1.7 in two turns
+  8 x 7 x 7 x 320 -> 1280: v7x 0.97 in blocks of 640 columns, 0.61 in one; 0.58 in two turns
+  8 x 14 x 14 x 1024 -> 256, quantized on the way: v7x 2.97 alone, 3.8 in turns, 3.9 with two images in each
+        -> 2.96 with maxima ahead: 1024 features are quantized for 256, and the matrix units need 0.8
+  2 x 64 x 64 x 320 -> 320: v7x 5.4 the matmul kernel -> 4.7 in turns, chunks of 512 -> 4.0 of 1024 -> 3.9 of
+        2048: a depth and columns of 320 in 512 need 3.7
 """
 
 from __future__ import annotations

@@ -10,6 +10,10 @@ given, for a chunk of positions, all taps side by side along C: an implicit matm
                  aligned to a native tile (32 rows of 8 bits, 16 of 16)
     rows         above and below an image lie rows of zeros, shared by neighbours where several images are in
                  one block; where pitch is no multiple of the native tile's rows, shifted rows need copies too
+    bands        neighbouring rows of the result in one dot: a convolution whose kernel has the rows of all of
+                 them and whose row stride is as many times as great, with zeros in its weights
+    features     whole registers of lanes of all taps come first in a dot, then what is left of each, several
+                 taps to a register
 """
 
 from __future__ import annotations
