@@ -140,7 +140,7 @@ def run(steps: int, learning_rate: float) -> Result:
         peft_difference=float(through_peft),
         merged_difference=float(jnp.linalg.norm(floats - logits) / jnp.linalg.norm(logits)),
         requantized=evaluate.perplexity(again.model, held_out),
-        requantized_sqnr_db=float(np.mean(list(again.sqnr_db.values()))),
+        requantized_sqnr_db=float(np.mean([quality or np.nan for quality in again.sqnr_db.values()])),
         adapter_bytes=evaluate.device_bytes(adapters),
         optimizer_bytes=evaluate.device_bytes(nnx.state(optimizer)),
         base_bytes=evaluate.linear_bytes(model),

@@ -106,40 +106,29 @@ class AdapterSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """The arrays of an adapter, and its facts.
+    """The arrays of an adapter, and its facts. In a scan over layers they are cut as the weight is."""
 
-    `dense` stands in their place where the weight was cut: the sum that A B adds, in the layout of the cut
-    weight.
-    """
-
-    a: jax.Array | None
-    b: jax.Array | None
-    m: jax.Array | None = None
-    dense: jax.Array | None = None
-    spec: AdapterSpec | None = dataclasses.field(default=None, metadata={"static": True})
-
-    @property
-    def known(self) -> AdapterSpec:
-        """`spec` of an adapter that isn't `dense`."""
-        assert self.spec is not None, "A cut adapter is dense."
-        return self.spec
+    a: jax.Array
+    b: jax.Array
+    m: jax.Array | None
+    spec: AdapterSpec = dataclasses.field(metadata={"static": True})
 
     def change(self) -> jax.Array:
         """scaling * A B in float32, in the layout of the stored param."""
-        spec = self.known
+        spec = self.spec
         change = lambda a, b: weight_steps.undo(spec.steps, _at_home(spec, a, b))
         return _stacked(change, (self.a, self.b), _extra(self.a, spec.a_shape))
 
     def change_at_home(self) -> jax.Array:
         """The same of one layer, at home."""
-        return _at_home(self.known, self.a, self.b)
+        return _at_home(self.spec, self.a, self.b)
 
     def applied(self, weight: jax.Array) -> jax.Array:
         """The float weight, in the layout of the stored param, with the adapter: in float32."""
         total = weight.astype(jnp.float32) + self.change()
         if self.m is None:
             return total
-        spec = self.known
+        spec = self.spec
 
         def scaled(total: jax.Array, m: jax.Array) -> jax.Array:
             home = weight_steps.apply(spec.steps, total)
@@ -162,7 +151,7 @@ class Adapter:
 
         Returns: None where the op contracts neither the axes of A nor those of B, or has other batch axes.
         """
-        spec = self.known
+        spec = self.spec
         contracted = [axes[c] for c in contracting]
         batched = [axes[c] for c in batch]
         kept = [h for i, h in enumerate(axes) if i not in contracting and i not in batch]
@@ -180,6 +169,14 @@ class Adapter:
             ordered(b, second, (*batched, "rank", *kept)),
             spec.scaling,
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CutChange:
+    """What an adapter adds to a part of its weight: an array, in the layout of that part."""
+
+    dense: jax.Array
 
 
 def _at_home(spec: AdapterSpec, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -213,9 +210,9 @@ def _placed(x: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
     return jnp.expand_dims(x.transpose(order), [a for a in range(ndim) if a not in axes])
 
 
-def _extra(x: jax.Array | None, shape: Sequence[int]) -> int:
+def _extra(x: jax.Array, shape: Sequence[int]) -> int:
     """How many leading axes x has over one layer's."""
-    return 0 if x is None else x.ndim - len(shape)
+    return x.ndim - len(shape)
 
 
 def _stacked(fn: Any, arrays: Sequence[Any], levels: int) -> jax.Array:

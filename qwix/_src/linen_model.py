@@ -63,7 +63,7 @@ def call(
         else:
             params = linen_scope.params_of(model)
             if provider.needs_discovery(params):
-                provider.learn(_rediscover(provider, plain, model, args, kwargs))
+                provider.learn(_rediscover(provider, plain, model, args, kwargs), params)
             scales = StaticScales(lambda path, name: _get(params, path, name), None)
             output = _run(provider, scales, model, lambda: plain(model, *args, **kwargs), options)
     return provider.process_model_output(method, output)
@@ -137,8 +137,7 @@ def _adapter(scope: flax_scope.Scope, info: WeightInfo) -> Adapter | None:
     arrays = {part: flax_util.unbox(scope.get_variable("params", name)) for part, name in names.items()}
     run = qconfig.current_run()
     known = getattr(run.provider if run else None, "adapters", {})
-    spec = known.get((*(info.path or ()), info.name))
-    return None if spec is None else Adapter(**arrays, spec=spec)
+    return Adapter(**arrays, spec=known[(*(info.path or ()), info.name)])
 
 
 def _rediscover(
@@ -148,9 +147,11 @@ def _rediscover(
     scope = linen_scope.scope_of(model)
     rngs = {name: flax_scope.LazyRng.create(rng).as_jax_rng() for name, rng in scope.rngs.items()}
     variables = linen_scope.variables_of(model)
-    flat = traverse_util.flatten_dict(variables.get("params", {}), is_leaf=lambda _, x: _is_aux(x))
+    flat: Any = traverse_util.flatten_dict(variables.get("params", {}), is_leaf=lambda _, x: _is_aux(x))
     floats = {
-        path: jax.ShapeDtypeStruct(*float_type(x.unboxed)) if _is_aux(x) else x for path, x in flat.items()
+        path: jax.ShapeDtypeStruct(*float_type(x.unboxed)) if _is_aux(x) else x
+        for path, x in flat.items()
+        if not path[-1].endswith(tuple(SUFFIXES.values()))
     }
     variables["params"] = traverse_util.unflatten_dict(floats)
     apply = lambda variables: model.clone(parent=None).apply(

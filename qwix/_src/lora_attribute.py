@@ -56,8 +56,7 @@ def adapted(module: Any, name: str, value: Any) -> Any:
         return value if isinstance(value, WithAux) else AdaptedWeight(value, None, WeightInfo(None, name))
     info = parts["a"].get_metadata(INFO)
     arrays = {part: flax_util.unbox(x) for part, x in parts.items()}
-    specs = type(module)._qwix_provider.adapters
-    adapter = Adapter(**arrays, spec=specs.get((*info.path, info.name)))
+    adapter = Adapter(**arrays, spec=type(module)._qwix_provider.adapters[(*info.path, info.name)])
     if isinstance(value, WithAux) and value.info is not None:
         info = dataclasses.replace(info, rule=value.info.rule, mapped=value.info.mapped)
     return AdaptedWeight(value, adapter, info)

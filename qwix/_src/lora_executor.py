@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from qwix._src import lora_ops, op_plan, op_trace, qconfig, weight_steps
+from qwix._src.adapter import Adapter
 from qwix._src.core import dot_general
 from qwix._src.core.low_rank import LowRank, dot_general_low_rank, low_rank_delta
 from qwix._src.dot_sides import result_dtype, swap_back
@@ -94,10 +95,11 @@ class LoraExecutor(Executor):
         if side is None or (plan.op != "take" and all(isinstance(a, WeightTracer) for a in args[:2])):
             return None
         weight: WeightTracer = args[side]
-        if weight.adapter is None or weight.adapter.dense is not None:
+        adapter = weight.adapter
+        if not isinstance(adapter, Adapter):
             return None
-        spec, inner = weight.adapter.known, weight_steps.of_layer(weight.steps)
-        _check_shapes(weight)
+        spec, inner = adapter.spec, weight_steps.of_layer(weight.steps)
+        _check_shapes(weight, adapter)
         if inner[: len(spec.steps)] != spec.steps:
             return None
         inner = inner[len(spec.steps) :]
@@ -105,7 +107,7 @@ class LoraExecutor(Executor):
         if axes is None or any(step.kind == "slice" for step in inner):
             return None
         cast = lambda x: x.astype(weight.aval.dtype)
-        adapter = dataclasses.replace(weight.adapter, a=cast(weight.adapter.a), b=cast(weight.adapter.b))
+        adapter = dataclasses.replace(adapter, a=cast(adapter.a), b=cast(adapter.b))
         use = Use(plan, weight.with_adapter(None), adapter, axes, args, params)
         return use if lora_ops.fits(use) else None
 
@@ -116,7 +118,7 @@ class LoraExecutor(Executor):
         update = self._update(use)
         if update is None:
             return self._shared_dot(use, base, x)
-        gain = lora_ops.gain(use)
+        gain = lora_ops.gain(use, update)
         dtype = result_dtype(use.args, use.params)
         options = base.options | {"preferred_element_type": jnp.promote_types(dtype, jnp.float32)}
         exchanged = side == 0 and base.back is None  # it isn't, for the sake of its out_sharding
@@ -137,20 +139,15 @@ class LoraExecutor(Executor):
     def _delta(
         self, use: Use, x: jax.Array, update: LowRank, options: dict[str, Any], exchanged: bool
     ) -> jax.Array:
-        sharding = options.get("out_sharding")
-        if not exchanged:
-            return low_rank_delta(
-                x, update, use.numbers, precision=options["precision"], out_sharding=sharding
-            )
-        back = swap_back(use.params["dimension_numbers"], use.args)
-        spec = sharding.spec
-        spec = (*spec, *(None,) * (len(back) - len(spec)))
-        swapped_spec = [None] * len(back)
-        for to, origin in enumerate(back):
-            swapped_spec[origin] = spec[to]
-        sharding = sharding.update(spec=jax.sharding.PartitionSpec(*swapped_spec))
+        """What the adapter adds, laid out as the result. `exchanged`: the weight stands on the left."""
+        sharding, back = options.get("out_sharding"), None
+        if exchanged and sharding is not None:
+            back = swap_back(use.params["dimension_numbers"], use.args)
+            spec = (*sharding.spec, *(None,) * (len(back) - len(sharding.spec)))
+            swapped = (spec[back.index(axis)] for axis in range(len(back)))
+            sharding = sharding.update(spec=jax.sharding.PartitionSpec(*swapped))
         delta = low_rank_delta(x, update, use.numbers, precision=options["precision"], out_sharding=sharding)
-        return delta.transpose(back)
+        return delta if back is None else delta.transpose(back)
 
     def _shared_dot(self, use: Use, base: Arranged, x: jax.Array) -> jax.Array:
         """The same for several weights that share x."""
@@ -161,9 +158,10 @@ class LoraExecutor(Executor):
     def _update(self, use: Use) -> LowRank | None:
         """A and B as the dot wants them; None if several weights share x."""
         update = use.low_rank()
-        if update is not None and self._selects(use):
+        choice = self._choice(use)
+        if update is not None and choice is not None:
             shape, rows = lora_ops.shape_of_low(use)
-            update = dataclasses.replace(update, row_mask=self.selected.mask(use.spec, shape, rows))
+            update = dataclasses.replace(update, row_mask=choice.mask(use.spec, shape, rows))
         return update
 
     def _adapted_convolution(self, use: Use, trace: op_trace.OpTrace) -> jax.Array:
@@ -172,10 +170,11 @@ class LoraExecutor(Executor):
         batch = use.params["dimension_numbers"].out_spec[0]
         mask = lambda low, out_axis: self._masked(use, low, batch - (batch > out_axis), groups=True)
         out = out + lora_ops.conv_delta(use, self._dropped(use, trace), mask)
-        if use.spec.dora:
+        gain = lora_ops.gain_of_conv(use)
+        if gain is not None:
             shape = [1] * out.ndim
             shape[use.params["dimension_numbers"].out_spec[1]] = -1
-            out = out * lora_ops.gain_of_conv(use).reshape(shape)
+            out = out * gain.reshape(shape)
         return out.astype(result_dtype(use.args, use.params))
 
     def _adapted_ragged(self, use: Use, trace: op_trace.OpTrace) -> jax.Array:
@@ -184,24 +183,25 @@ class LoraExecutor(Executor):
         delta = lora_ops.ragged_delta(use, self._dropped(use, trace), lambda low: self._masked(use, low, 0))
         return (out + delta).astype(result_dtype(use.args, use.params))
 
-    def _selects(self, use: Use) -> bool:
-        """Whether this weight has several adapters, of which the call chose."""
+    def _choice(self, use: Use) -> Selected | None:
+        """What the call chose of this weight's adapters; None: there is only one."""
         if not use.spec.members:
-            return False
+            return None
         if self.selected is None:
             names = [name for name, _ in use.spec.members]
             raise ValueError(
                 f"The model has several adapters, {names}: say which with model(..., adapter=name), or one "
                 "name or number per row of the batch; adapter=None is the base model."
             )
-        return True
+        return self.selected
 
     def _masked(self, use: Use, low: jax.Array, rows: int | None, *, groups: bool = False) -> jax.Array:
         """x A, with those ranks that are of the row's own adapter."""
-        if not self._selects(use):
+        choice = self._choice(use)
+        if choice is None:
             return low
         shape = (*low.shape[:-2], low.shape[-1]) if groups else low.shape
-        mask = self.selected.mask(use.spec, shape, rows)
+        mask = choice.mask(use.spec, shape, rows)
         return low * (mask[..., None, :] if groups else mask)
 
     def _dropped(self, use: Use, trace: op_trace.OpTrace) -> jax.Array:
@@ -218,9 +218,9 @@ class LoraExecutor(Executor):
         return jnp.where(kept, use.x / (1 - rate), 0).astype(use.x.dtype)
 
 
-def _check_shapes(weight: WeightTracer) -> None:
+def _check_shapes(weight: WeightTracer, adapter: Adapter) -> None:
     """Raises ValueError for arrays that aren't of this adapter."""
-    adapter, spec = weight.adapter, weight.adapter.known
+    spec = adapter.spec
     given = {"a": tuple(adapter.a.shape), "b": tuple(adapter.b.shape)}
     wanted = {"a": spec.a_shape, "b": spec.b_shape}
     if given != wanted:

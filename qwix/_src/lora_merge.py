@@ -108,7 +108,7 @@ def unmerge(model: nnx.Module | nn.Module, adapters: Mapping[str, Any], params: 
             raise ValueError("DoRA can't be unmerged: the norms of the weights before it are gone.")
         adapter = Adapter(**parts, spec=spec_of(provider, path))
         quality[path] = weights.replace(path, _float(weights.get(path)) - adapter.change(), requantize=True)
-        weights.add_adapter(path, parts, adapter.known)
+        weights.add_adapter(path, parts, adapter.spec)
     return Merged(weights.model, weights.params, quality)
 
 

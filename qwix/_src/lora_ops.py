@@ -7,7 +7,7 @@ weight at home, in which its adapter is counted.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,11 +39,11 @@ class Use:
     adapter: Adapter
     axes: tuple[int, ...]
     args: Sequence[Any]
-    params: Mapping[str, Any]
+    params: dict[str, Any]
 
     @property
     def spec(self) -> AdapterSpec:
-        return self.adapter.known
+        return self.adapter.spec
 
     @property
     def x(self) -> Any:
@@ -189,7 +189,7 @@ def _einsum(
     return jnp.einsum(x, axes[0], y, axes[1], axes[2], **options)
 
 
-def gain(use: Use) -> jax.Array | None:
+def gain(use: Use, update: LowRank) -> jax.Array | None:
     """What DoRA multiplies each feature of the result by: m / |W + scaling * A B|, [*batch, *kept axes].
 
     |W + s A B|^2 is the sum of |W|^2, 2 s W.(A B) and s^2 |A B|^2, so that no second matrix of W's shape is
@@ -199,7 +199,6 @@ def gain(use: Use) -> jax.Array | None:
     if m is None:
         return None
     (_, contracting), (_, batch) = use.numbers
-    update = use.low_rank()
     n, k = len(batch), len(contracting)
     a, b = (x.astype(jnp.float32) for x in (update.a, update.b))
     payload = use.weight.payload
@@ -217,13 +216,16 @@ def gain(use: Use) -> jax.Array | None:
     return m.astype(jnp.float32) / lax.stop_gradient(norm)
 
 
-def gain_of_conv(use: Use) -> jax.Array:
+def gain_of_conv(use: Use) -> jax.Array | None:
     """The same of a convolution, for each output channel."""
+    m = use.adapter.m
+    if m is None:
+        return None
     out = use.params["dimension_numbers"].rhs_spec[0]
     kernel = dense(use.weight.payload, jnp.float32)
     total = kernel + use.adapter.change_at_home().transpose(use.axes)
     norm = jnp.sqrt(jnp.sum(jnp.square(total), [a for a in range(kernel.ndim) if a != out]))
-    return use.adapter.m.astype(jnp.float32) / lax.stop_gradient(norm)
+    return m.astype(jnp.float32) / lax.stop_gradient(norm)
 
 
 def shape_of_low(use: Use) -> tuple[tuple[int, ...], int | None]:

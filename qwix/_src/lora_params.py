@@ -39,7 +39,7 @@ def add_to_nnx(model: nnx.Module, seen: Discovery, rngs: nnx.Rngs | None) -> Non
             _check_owner(owner, place)
             seen.adapters[place] = info, spec
             for part, param in made.items():
-                setattr(owner, place[-1] + SUFFIXES[part], param)
+                setattr(owner, f"{place[-1]}{SUFFIXES[part]}", param)
             if spec.dropout:
                 _prepare_dropout(owner)
 
@@ -76,7 +76,7 @@ def nnx_params_of(
     """The arrays of an adapter as variables, with partition names that follow those of the weight `value`."""
     box = value.array.qvalue if isinstance(value, WithAux) else value
     axes, whose = axes_of(spec), WeightInfo(info.path, info.name)
-    params = {}
+    params: dict[str, Any] = {}
     for part, array in arrays.items():
         metadata = _like(box, array, axes[part]).get_metadata() if isinstance(box, nnx.Variable) else {}
         params[part] = nnx.LoRAParam.from_metadata(array, dict(metadata) | {INFO: whose})

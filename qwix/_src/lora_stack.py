@@ -67,12 +67,14 @@ def stack(
         weights.add_adapter(path, parts, stacked)
         provider.adapters |= {key: stacked for key in old.adapters if "/".join(map(str, key)) == path}
     if params is not None:
-        methods = type(model)._qwix_methods
-        return linen_model.quantize_linen_model(model, provider, methods), weights.params
-    for _, module in nnx.iter_modules(weights.model):
+        linen: Any = model
+        methods = type(linen)._qwix_methods
+        return linen_model.quantize_linen_model(linen, provider, methods), weights.params
+    stacked_model: Any = weights.model
+    for _, module in nnx.iter_modules(stacked_model):
         object.__setattr__(module, "__class__", model_class.original(type(module)))
-    nnx_model.change_classes(weights.model, provider)
-    return weights.model
+    nnx_model.change_classes(stacked_model, provider)
+    return stacked_model
 
 
 def _side_by_side(
@@ -92,7 +94,8 @@ def _side_by_side(
         if shapes != (own.a_shape, own.b_shape):
             raise ValueError(
                 f"The adapter {name!r} of {path!r} has A and B of {shapes[0]} and {shapes[1]}, but a "
-                f"weight of {spec.home} wants {spec.a_shape} and {spec.b_shape}, of any rank. Is it of another model?"
+                f"weight of {spec.home} wants {spec.a_shape} and {spec.b_shape}, of any rank. Is it of another "
+                "model?"
             )
         a = jnp.moveaxis(parts["a"], a_axis, -1)
         all_a.append(a.reshape(*a.shape[:-1], spec.groups, rank))

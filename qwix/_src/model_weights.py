@@ -158,7 +158,7 @@ def make_record(
     """
     weight = None if plan.weight_side is None else args[plan.weight_side]
     facts = {} if weight is None else _weight_facts(weight, None if trains else how)
-    if how is not None and not trains and weight is not None and plan.rule.double_quantize:
+    if how is not None and not trains and weight is not None and getattr(plan.rule, "double_quantize", False):
         facts["device_bytes_after"] -= _saved(weight, how)
     quantized_act = next((h.qtype for h in plan.act_hows if h is not None), None)
     return OpRecord(

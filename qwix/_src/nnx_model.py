@@ -356,12 +356,13 @@ def _nnx_key(modules: flax_util.Modules, stream: str) -> jax.Array | None:
         wants = "qwix_rngs" in vars(module) and not getattr(module, "deterministic", True)
         if not wants or getattr(module, "_qwix_converting", False):
             continue
-        if module.qwix_rngs is None:
+        rngs: Any = getattr(module, "qwix_rngs", None)
+        if rngs is None:
             raise ValueError(
                 f"A model in training draws {stream} from the attribute qwix_rngs, which is None. Set it by "
                 f"model.set_attributes(qwix_rngs=nnx.Rngs({stream}=seed)), or call model.eval() first."
             )
-        return module.qwix_rngs[stream]()
+        return rngs[stream]()
     return None
 
 

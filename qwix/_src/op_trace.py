@@ -36,7 +36,7 @@ from jax._src import source_info_util
 from jax._src.interpreters import partial_eval as pe
 
 from qwix._src import op_search, weight_view
-from qwix._src.adapter import Adapter
+from qwix._src.adapter import Adapter, CutChange
 from qwix._src.weight import WeightInfo, WeightTracer, float_type, materialize, tag_p, tagged_content
 
 # Where an op is: the indices of the scans over layers around it. None: in a loop or a branch, whose ops run
@@ -253,7 +253,7 @@ def run(
 
 
 def new_weight(
-    trace: OpTrace, payload: Any, info: WeightInfo, adapter: Adapter | None = None
+    trace: OpTrace, payload: Any, info: WeightInfo, adapter: Adapter | CutChange | None = None
 ) -> WeightTracer:
     """A weight as the stored param is."""
     shape, dtype = float_type(payload)

@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from qwix._src import weight_steps
-from qwix._src.adapter import Adapter
+from qwix._src.adapter import Adapter, CutChange
 from qwix._src.core import qarray
 from qwix._src.weight_steps import Step
 
@@ -63,7 +63,7 @@ class WeightTracer(jcore.Tracer):
         payload: Any,
         info: WeightInfo,
         steps: tuple[Step, ...] = (),
-        adapter: Adapter | None = None,
+        adapter: Adapter | CutChange | None = None,
     ):
         super().__init__(trace, aval)
         self.payload = payload
@@ -77,7 +77,7 @@ class WeightTracer(jcore.Tracer):
         return isinstance(self.payload, qarray.QArray)
 
     @property
-    def content(self) -> tuple[Any, Adapter | None]:
+    def content(self) -> tuple[Any, Adapter | CutChange | None]:
         """The arrays: what a scan cuts."""
         return self.payload, self.adapter
 
@@ -103,7 +103,7 @@ class WeightTracer(jcore.Tracer):
         info = dataclasses.replace(self.info, mapped=True, vmapped=vmapped)
         return WeightTracer(self._trace, self.aval, self.payload, info, self.steps, self.adapter)
 
-    def with_adapter(self, adapter: Adapter | None) -> WeightTracer:
+    def with_adapter(self, adapter: Adapter | CutChange | None) -> WeightTracer:
         return WeightTracer(self._trace, self.aval, self.payload, self.info, self.steps, adapter)
 
     def scanned(self) -> Any:
@@ -120,17 +120,19 @@ class WeightTracer(jcore.Tracer):
         shape = tuple(self.aval.shape)
         return self.moved(None, Step("index", shape, shape[1:], (0,)))
 
-    def with_content(self, content: tuple[Any, Adapter | None]) -> WeightTracer:
+    def with_content(self, content: tuple[Any, Adapter | CutChange | None]) -> WeightTracer:
         payload, adapter = content
         return WeightTracer(self._trace, self.aval, payload, self.info, self.steps, adapter)
 
 
-def _adapted(payload: Any, adapter: Adapter | None, steps: Sequence[Step], dtype: Any) -> jax.Array:
+def _adapted(
+    payload: Any, adapter: Adapter | CutChange | None, steps: Sequence[Step], dtype: Any
+) -> jax.Array:
     """The float array that a payload and its adapter stand for, after the steps."""
     if adapter is None:
         return dense(payload, dtype)
     base, inner = dense(payload, jnp.float32), weight_steps.of_layer(steps)
-    if adapter.dense is not None:
+    if isinstance(adapter, CutChange):
         whole = base + adapter.dense
     elif adapter.m is None:
         whole = base + weight_steps.apply(inner, adapter.change())
@@ -159,7 +161,7 @@ def tag(payload: Any, info: WeightInfo, adapter: Adapter | None = None) -> jax.A
 tag_p = Primitive("qwix_weight")
 
 
-def tagged_content(leaves: Sequence[Any], treedef: Any) -> tuple[Any, Adapter | None]:
+def tagged_content(leaves: Sequence[Any], treedef: Any) -> tuple[Any, Adapter | CutChange | None]:
     """The payload and the adapter that were marked."""
     payload, adapter = jax.tree.unflatten(treedef, leaves)
     return payload, adapter
@@ -189,7 +191,9 @@ def _batch(args: Sequence[Any], dims: Sequence[Any], *, treedef: Any, info: Weig
         jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
         for a, d in zip(args, dims, strict=True)
     ]
-    return tag_p.bind(*moved, treedef=treedef, info=dataclasses.replace(info, mapped=True, vmapped=info.vmapped + 1)), 0
+    return tag_p.bind(
+        *moved, treedef=treedef, info=dataclasses.replace(info, mapped=True, vmapped=info.vmapped + 1)
+    ), 0
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwix._src import weight_steps
-from qwix._src.adapter import Adapter
+from qwix._src.adapter import Adapter, CutChange
 from qwix._src.core import qarray
 from qwix._src.weight import WeightTracer
 from qwix._src.weight_steps import Step
@@ -183,17 +183,19 @@ def move(trace: Any, primitive: Any, args: Sequence[Any], params: dict[str, Any]
     return weight.with_adapter(adapter).moved(payload, step)
 
 
-def _cut_adapter(weight: WeightTracer, step: Step, dynamic: Sequence[Any] | None) -> Adapter | None:
+def _cut_adapter(
+    weight: WeightTracer, step: Step, dynamic: Sequence[Any] | None
+) -> Adapter | CutChange | None:
     """The weight's adapter after a step: what it adds, where that is cut or has been."""
     adapter = weight.adapter
-    if adapter is None or (adapter.dense is None and step.kind != "slice"):
+    if isinstance(adapter, CutChange):
+        return CutChange(_apply(step, adapter.dense, dynamic))
+    if adapter is None or step.kind != "slice":
         return adapter
     if adapter.m is not None:
         raise ValueError("Magnitudes belong to a whole weight.")
-    whole = adapter.dense
-    if whole is None:
-        whole = weight_steps.apply(weight_steps.of_layer(weight.steps), adapter.change())
-    return Adapter(None, None, dense=_apply(step, whole, dynamic))
+    whole = weight_steps.apply(weight_steps.of_layer(weight.steps), adapter.change())
+    return CutChange(_apply(step, whole, dynamic))
 
 
 def _transpose(shape: Any, params: dict[str, Any], _: Any) -> Step:

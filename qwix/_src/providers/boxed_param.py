@@ -102,9 +102,9 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         del params
         return False
 
-    def learn(self, seen: Discovery) -> None:
-        """Takes note of what a look at a module's ops has found."""
-        del seen
+    def learn(self, seen: Discovery, params: Any = None) -> None:
+        """Takes note of what a look at a module's ops has found. `params`: what has to be explained by it."""
+        del seen, params
 
     def complete_nnx(self, model: nnx.Module, seen: Discovery, rngs: nnx.Rngs | None) -> None:
         """Adds what the provider holds besides quantized weights."""

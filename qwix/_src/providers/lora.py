@@ -89,16 +89,23 @@ class LoraProvider(BoxedParamProvider):
         return plan_adapter(plan.op, weight, plan.weight_side or 0, args, params, plan.rule)
 
     def needs_discovery(self, params: Any) -> bool:
-        suffix = SUFFIXES["a"]
-        paths = (path for path in traverse_util.flatten_dict(linen_scope.plain(params), is_leaf=_is_aux))
-        return any(
-            (*path[:-1], path[-1].removesuffix(suffix)) not in self.adapters
-            for path in paths
-            if path[-1].endswith(suffix)
-        )
+        return bool(self._unknown(params))
 
-    def learn(self, seen: Discovery) -> None:
+    def learn(self, seen: Discovery, params: Any = None) -> None:
+        """Takes note of the adapters. Raises ValueError for those of the params that aren't among them."""
         self.adapters |= {key: spec for key, (_, spec) in seen.adapters.items()}
+        if params is not None and (unknown := self._unknown(params)):
+            raise ValueError(
+                f"The params have an adapter of {'/'.join(unknown[0])!r}, but no LoraRule of the model gives "
+                "it one. Are these the params of another model or rule?"
+            )
+
+    def _unknown(self, params: Any) -> list[tuple[str, ...]]:
+        """Weights that have an adapter in the params and haven't been seen."""
+        suffix = SUFFIXES["a"]
+        flat = traverse_util.flatten_dict(linen_scope.plain(params), is_leaf=_is_aux)
+        weights = [(*p[:-1], p[-1].removesuffix(suffix)) for p in flat if p[-1].endswith(suffix)]
+        return [key for key in weights if key not in self.adapters]
 
     def finish(self) -> None:
         """Raises ValueError for a LoraRule that gave no weight an adapter."""

@@ -62,7 +62,7 @@ class QtProvider(qconfig.QuantizationProvider):
     def _init_rule(self, rule: qconfig.QuantizationRule) -> QtRule:
         if rule.double_quantize:
             raise ValueError(
-                f"double_quantize=True says how quantized weights are stored, but training keeps them float, in "
+                "double_quantize=True says how quantized weights are stored, but training keeps them float, in "
                 f"{rule}. Leave it out here, and set it in the rules of PtqProvider."
             )
         return as_qt_rule(super()._init_rule(as_qt_rule(rule)))
