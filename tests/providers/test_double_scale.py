@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import qwix
-from qwix._src import double_scale
+from qwix._src import double_scale, prepack
 from qwix._src.double_scale import BLOCK, DoubleScale, scale_bytes
 from qwix._src.report_records import device_bytes
 
@@ -21,11 +21,11 @@ encode = jax.jit(double_scale.encode, static_argnums=1)
 X = jax.random.normal(KEY, (4, 32))
 
 
-def provider(tile_size=8, double_quantize=True, weight_qtype="nf4", **options):
+def provider(tile_size=8, double_quantize=True, weight_qtype="nf4"):
     rule = qwix.QuantizationRule(
         weight_qtype=weight_qtype, tile_size=tile_size, double_quantize=double_quantize
     )
-    return qwix.PtqProvider(rule, **options)
+    return qwix.PtqProvider(rule)
 
 
 def scales_of(shape, seed=0):
@@ -98,21 +98,18 @@ def test_equal_scales_and_tiny_ones():
 
 
 def test_an_nf4_weight_with_tiles_of_64_takes_4_127_bits():
-    model = nnx.Linear(1024, 256, use_bias=False, rngs=nnx.Rngs(0))
-    x = jnp.ones((1, 1024))
-    weight = qwix.quantize_model(model, provider(64), x).kernel
-    count = 1024 * 256
-    assert device_bytes(weight) * 8 / count == 4 + 8 / 64 + 32 / (64 * BLOCK) + 32 / count
-    assert device_bytes(weight) * 8 / count == pytest.approx(4.127, abs=2e-4)
-    assert weight.array.nbytes == device_bytes(weight)
-    plain = qwix.quantize_model(model, provider(64, False), x).kernel
+    weight, count = jax.random.normal(KEY, (1024, 256)), 1024 * 256
+    plain = qwix.quantize(weight, "nf4", channelwise_axes=(1,), tiled_axes={0: 64})
+    double = double_scale.double(plain)
     assert device_bytes(plain) * 8 / count == 4.5
-    assert (weight.unboxed.qvalue == plain.unboxed.qvalue).all()
-    off, bound = off_by(weight.array.scale, plain.unboxed.scale)
+    assert device_bytes(double) * 8 / count == 4 + 8 / 64 + 32 / (64 * BLOCK) + 32 / count
+    assert device_bytes(double) * 8 / count == pytest.approx(4.127, abs=2e-4)
+    assert double.nbytes == device_bytes(double) and double.qvalue is plain.qvalue
+    off, bound = off_by(double.scale, plain.scale)
     assert (off <= bound).all()
 
 
-@pytest.mark.parametrize("qtype, tile", [("nf4", 8), ("int8", None)])
+@pytest.mark.parametrize("qtype, tile", [("nf4", 8), pytest.param("int8", None, marks=pytest.mark.large)])
 def test_a_model_computes_with_the_rebuilt_scales(qtype, tile):
     model = nnx.Linear(32, 48, rngs=nnx.Rngs(0))
     double = provider(tile, weight_qtype=qtype)
@@ -233,12 +230,20 @@ def test_an_abstract_nnx_model_is_filled_and_read_back_from_disk(tmp_path):
     assert (other(X) == expected(X)).all()
 
 
-def test_prepacked_weights_and_lookups():
-    layer = nnx.LinearGeneral(32, (4, 16), rngs=nnx.Rngs(0))
-    plain, packed = (qwix.quantize_model(layer, provider(prepack=p), X) for p in (False, True))
-    assert isinstance(packed.kernel.array, qwix.TransposedQArray)
-    assert isinstance(packed.kernel.array.scale, DoubleScale)
-    assert (plain(X) == packed(X)).all() and plain.kernel.array.nbytes == packed.kernel.array.nbytes
+def test_prepacked_weights():
+    how = qwix.HowToQuantize(qtype="nf4", channelwise_axes=(1, 2), tiled_axes={0: 8})
+    plain = qwix.quantize(
+        jax.random.normal(KEY, (32, 4, 16)), "nf4", channelwise_axes=(1, 2), tiled_axes={0: 8}
+    )
+    packed = double_scale.double(prepack.prepack(plain, how))
+    assert isinstance(packed, qwix.TransposedQArray) and isinstance(packed.scale, DoubleScale)
+    unpacked, expected = prepack.unpack(packed), double_scale.rebuilt(double_scale.double(plain))
+    assert (unpacked.qvalue == plain.qvalue).all() and (unpacked.scale == expected.scale).all()
+    abstract = prepack.unpack(jax.eval_shape(lambda: packed))
+    assert abstract.scale == jax.ShapeDtypeStruct((4, 4, 16), jnp.float32)
+
+
+def test_lookups():
     embed, ids = nnx.Embed(50, 32, rngs=nnx.Rngs(0)), jnp.array([[3, 49]])
     quantized = qwix.quantize_model(embed, provider(), ids)
     assert (quantized(ids) == quantized.embedding.unboxed.dequantize()[ids]).all()
