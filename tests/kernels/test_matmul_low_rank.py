@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from qwix_kernels import matmul
 from qwix_kernels.chips import CHIPS
-from qwix_kernels.matmul import problem_of, reference, tpu
+from qwix_kernels.matmul import problem_of, reference, tpu, tpu_split
 from qwix_kernels.problem import Extras, RowQuantize, Tensor
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
@@ -118,6 +118,24 @@ def test_nothing_to_add_gives_the_base_bits():
     np.testing.assert_array_equal(got, want)
     portable = matmul.matmul(lhs, rhs, extras, out_dtype="bfloat16")
     np.testing.assert_array_equal(portable, matmul.matmul(lhs, rhs, out_dtype="bfloat16"))
+
+
+@pytest.mark.large
+def test_what_the_kernel_leaves_to_xla(monkeypatch):
+    """All that follows the product, and the update too; a gate gets none of it."""
+    lhs, rhs = normal(0, (1, 8, 128), "bfloat16"), weight("int8", (1, 128, 128), 0)
+    gate = dataclasses.replace(rhs, scale=rhs.scale * 2)
+    extras = dataclasses.replace(update(1, 8, 128, 128, 16), gate=gate)
+    problem = problem_of(lhs, rhs, extras, low_rank_scaling=0.5, activation="silu", out_dtype="float32")
+    whole, *less = tpu_split._parts(problem)
+    assert whole == problem and [bool(part.low_rank) for part in less] == [True, False]
+    for part in less:
+        monkeypatch.setattr(tpu_split, "_kernel_part", lambda *_, part=part: part)
+        config, chip = tpu.Config(8, 128, 128), CHIPS["v6e"]
+        got = tpu_split.run(problem, Tensor(lhs), rhs, extras, config=config, chip=chip, interpret=INTERPRET)
+        assert_within(got, problem, lhs, rhs, extras, "bfloat16")
+        note = tpu_split.estimate(problem, chip, config).note
+        assert ("low_rank:16" in note) == (part.low_rank is None) and "gate silu" in note
 
 
 # --- the portable path, gradients and transformations
