@@ -8,6 +8,8 @@ import sys
 import jax
 import pytest
 from qwix_kernels import dispatch
+from qwix_kernels.chips import CHIPS
+from qwix_kernels.conv import cost
 
 from bench import conv_price, conv_problems, conv_rows, misses, shapes
 
@@ -73,6 +75,16 @@ def test_the_list_of_misses_names_cells():
     }
     for entry in misses.load(conv_price.MISSES):
         assert (entry["chip"], entry["scheme"], entry["rows"]) in names and entry["reason"]
+
+
+def test_arrays_are_moved_as_they_are_tiled():
+    """Rows of 64 features as 128, 14 columns as 16; the floor counts what there is."""
+    of = {layer.name: layer for layer in shapes.CONVOLUTIONS["resnet50"]}
+    few = conv_problems.problem(of["conv2 3x3"], "w8a8_static")
+    assert cost.tiled_bytes(few) == 8 * 56 * 56 * 128 * (1 + 2) + 9 * 64 * 64
+    narrow = conv_problems.problem(of["conv4 3x3"], "w8a8_static")
+    assert cost.tiled_bytes(narrow) == 8 * 14 * 16 * 256 * (1 + 2) + 9 * 256 * 256
+    assert cost.floor(few, CHIPS["v6e"])[1] < cost.tiled_bytes(few) / (CHIPS["v6e"].hbm_gbps * 1e3)
 
 
 def test_what_is_printed(capsys):
