@@ -33,7 +33,7 @@ def program(scheme: str, m: int, k: int, n: int, rank: int, backward: bool) -> t
 
     wanted, bf16 = shapes.scheme(scheme), jnp.bfloat16
     x, w = problems.operands(wanted, m, k, n)
-    of = lambda *shape: jax.ShapeDtypeStruct(shape, bf16)
+    of: Callable[..., Any] = lambda *shape: jax.ShapeDtypeStruct(shape, bf16)
     extras = Extras(low_rank_a=of(1, k, rank), low_rank_b=of(1, rank, n)) if rank else Extras()
     run = functools.partial(
         matmul.matmul,

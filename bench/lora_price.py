@@ -171,13 +171,13 @@ def found_misses(rows: Sequence[Row]) -> list[Miss]:
     for row in rows:
         cell = row.cell
         where = f"{cell.layer.name} {cell.m}" + " backward" * cell.backward
-        make = lambda *args, where=where, cell=cell: Miss(cell.chip, cell.scheme, where, *args)
         if row.error or not (row.kernels and row.base_kernels):
             why = row.error or f"{row.kernels} kernels with the adapter, {row.base_kernels} without"
-            found.append(make("price", math.inf, str(cell), why))
+            found.append(Miss(cell.chip, cell.scheme, where, "price", math.inf, str(cell), why))
         elif row.ratio > ADAPTER:
             why = f"{row.static_us:.1f} us, {row.base_us:.1f} without the adapter; {row.binds} binds"
-            found.append(make("adapter", row.ratio / ADAPTER, str(cell), why))
+            excess = row.ratio / ADAPTER
+            found.append(Miss(cell.chip, cell.scheme, where, "adapter", excess, str(cell), why))
     return found
 
 
