@@ -243,6 +243,7 @@ def test_prepacked_weights():
     assert abstract.scale == jax.ShapeDtypeStruct((4, 4, 16), jnp.float32)
 
 
+@pytest.mark.large
 def test_lookups():
     embed, ids = nnx.Embed(50, 32, rngs=nnx.Rngs(0)), jnp.array([[3, 49]])
     quantized = qwix.quantize_model(embed, provider(), ids)

@@ -320,7 +320,7 @@ def bounds(config: PeftConfig, stored: dict[str, np.ndarray], got: dict[str, np.
     return {"q": err_q + unit, "out": err_out, "conv": unit * sums}
 
 
-@pytest.mark.parametrize("name", ["plain", "dora"])
+@pytest.mark.parametrize("name", ["dora", pytest.param("plain", marks=pytest.mark.large)])
 def test_what_peft_wrote_computes_what_torch_computed(name, tmp_path):
     config = read_peft_config(PEFT / name)
     model = tiny(config)
