@@ -334,3 +334,18 @@ def test_ops_without_a_weight_or_a_rule():
     assert [kernel.implementation for kernel in row.kernels] == ["xla", "xla"]
     (folded,) = report_render.fold([row])
     assert report_render.facts(folded)[0] == "(root)"
+
+
+class TestAdapters:
+    @pytest.mark.parametrize("rule", [{}, {"weight_qtype": "int8"}])
+    def test_an_adapter_is_in_its_row_and_in_its_kernel(self, rule):
+        provider = qwix.LoraProvider(rank=4, alpha=1.0, **rule)
+        linear = nnx.Linear(512, 256, use_bias=False, rngs=nnx.Rngs(0))
+        model = qwix.apply_lora_to_model(linear, provider, jnp.ones((8, 512)), rngs=nnx.Rngs(1))
+        report = qwix.report(model)
+        (row,) = report.rows
+        assert row.adapter_rank == 4 and "adapters of rank 4" in str(report)
+        assert "+rank 4" in str(report)
+        if rule:
+            (record,) = provider.records.values()
+            assert record.problem.low_rank.rank == 4 and row.reason is None

@@ -94,8 +94,8 @@ def _side_by_side(
         if shapes != (own.a_shape, own.b_shape):
             raise ValueError(
                 f"The adapter {name!r} of {path!r} has A and B of {shapes[0]} and {shapes[1]}, but a "
-                f"weight of {spec.home} wants {spec.a_shape} and {spec.b_shape}, of any rank. Is it of another "
-                "model?"
+                f"weight of {spec.home} wants {spec.a_shape} and {spec.b_shape}, of any rank. Is it one "
+                "of another model?"
             )
         a = jnp.moveaxis(parts["a"], a_axis, -1)
         all_a.append(a.reshape(*a.shape[:-1], spec.groups, rank))

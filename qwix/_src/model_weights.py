@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from qwix_kernels.problem import LowRank, MatmulProblem
 
 from qwix._src import double_scale, op_plan, op_trace, qconfig, weight_steps, weight_view
 from qwix._src.adapter import AdapterSpec
@@ -91,24 +92,25 @@ class Discovery:
 
     def _note(self, plan: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> None:
         weight = None if plan.weight_side is None else args[plan.weight_side]
-        how = None
+        how = adapter = None
         if weight is not None:
-            self._note_adapter(plan, weight, args, params)
+            adapter = self._note_adapter(plan, weight, args, params)
         if weight is not None and plan.weight_how is not None:
             wanted = plan.weight_how
             plan, how = (plan, wanted) if weight.is_quantized else self._add(plan, weight, wanted)
-        record = make_record(plan, args, params, how)
+        record = make_record(plan, args, params, how, adapter=adapter)
         self.provider.records.setdefault((plan.path, plan.op_id), record)
 
     def _note_adapter(
         self, plan: OpPlan, weight: WeightTracer, args: Sequence[Any], params: dict[str, Any]
-    ) -> None:
+    ) -> AdapterSpec | None:
         """The first op that eats a weight decides about its adapter."""
         key = (*(weight.info.path or ()), weight.info.name)
         if key not in self.adapters:
             spec = self.provider.adapter_of(plan, weight, args, params)
             if spec is not None:
                 self.adapters[key] = dataclasses.replace(weight.info, rule=plan.rule), spec
+        return self.adapters[key][1] if key in self.adapters else None
 
     def _add(
         self, plan: OpPlan, weight: WeightTracer, wanted: qarray.HowToQuantize
@@ -152,9 +154,10 @@ def make_record(
     how: qarray.HowToQuantize | None,
     *,
     trains: bool = False,
+    adapter: AdapterSpec | None = None,
 ) -> OpRecord:
     """What a report says of the op. `how` is the weight's, in the param's layout; `trains`: the param stays
-    float.
+    float; `adapter` is the weight's.
     """
     weight = None if plan.weight_side is None else args[plan.weight_side]
     facts = {} if weight is None else _weight_facts(weight, None if trains else how)
@@ -170,8 +173,9 @@ def make_record(
         rule=plan.rule,
         how=how if plan.reason is None else None,
         act_qtype=quantized_act,
-        problem=_problem(plan, args, params, fuses=not trains),
+        problem=_with_adapter(_problem(plan, args, params, fuses=not trains), adapter),
         bwd_qtype=getattr(plan.rule, "bwd_qtype", None) if trains and plan.reason is None else None,
+        adapter_rank=None if adapter is None else adapter.rank,
         trains=trains,
         reason=plan.reason,
         dynamic_because=plan.dynamic_because,
@@ -264,6 +268,14 @@ def _problem(plan: OpPlan, args: Sequence[Any], params: dict[str, Any], *, fuses
     return dot_general.matmul_problem(
         sides[0], sides[1], dnums, act_how=act_how, preferred_element_type=params["preferred_element_type"]
     )
+
+
+def _with_adapter(problem: Any, adapter: AdapterSpec | None) -> Any:
+    """The problem that a dot with an adapter is: the low-rank path is part of it."""
+    if adapter is None or not isinstance(problem, MatmulProblem):
+        return problem
+    dtype = problem.lhs.dtype
+    return dataclasses.replace(problem, low_rank=LowRank(adapter.rank, adapter.scaling, dtype, dtype))
 
 
 def _ragged_problem(sides: Sequence[Any], args: Sequence[Any], params: dict[str, Any], act_how: Any) -> Any:

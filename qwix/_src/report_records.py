@@ -42,6 +42,7 @@ class OpRecord:
     act_qtype: Any = None  # of the activation, None when it stays float
     problem: Problem | None = None  # None: no kernel's (a lookup, a float op)
     reason: str | None = None
+    adapter_rank: int | None = None  # of the weight's adapter
     trains: bool = False  # quantized for training: the weight itself is stored as float
     bwd_qtype: Any = None  # of incoming gradients, None when they stay float
     dynamic_because: str | None = None  # why the activation has no static scale, though the rule says so

@@ -89,7 +89,7 @@ def facts(folded: Folded) -> list[str]:
         "x".join(map(str, row.shape)) if row.shape is not None else "",
         row.rule.split()[0] if row.rule is not None else "",  # the summary says what the rule is
         row.schema,
-        row.scheme or "",
+        (row.scheme or "") + (f" +rank {row.adapter_rank}" if row.adapter_rank else ""),
         f"{megabytes(folded.bytes_before)} -> {megabytes(folded.bytes_after)}" if row.weight else "",
         _decibels(folded.sqnr_db),
     ]

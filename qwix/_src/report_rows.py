@@ -43,6 +43,7 @@ class Row:
     sqnr_db: float | None
     kernels: tuple[Kernel, ...]  # here, then the named chips; empty for a float op
     reason: str | None
+    adapter_rank: int | None  # of the weight's adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,7 @@ def _row(record: OpRecord, rules: Sequence[Any], kernels: Callable[..., tuple[Ke
         sqnr_db=record.sqnr_db,
         kernels=kernels(record.problem) if record.is_quantized else (),
         reason=record.reason,
+        adapter_rank=record.adapter_rank,
     )
 
 
@@ -94,6 +96,8 @@ def rule_text(rule: Any, rules: Sequence[Any]) -> str:
         what.append(f"activations {static}{_name(rule.act_qtype)} by {rule.act_calibration_method}")
     if rule.tile_size is not None:
         what.append(f"tiles of {rule.tile_size}")
+    if hasattr(rule, "rank"):
+        what.append(f"adapters of rank {rule.rank}")
     ops = f" [{', '.join(rule.op_names)}]" if rule.op_names else ""
     return f"{_rule_name(rule, rules)}{ops}: {', '.join(what) or 'stays float'}."
 

@@ -19,6 +19,7 @@ from flax import nnx
 from qwix_kernels import tuning
 
 from qwix._src import double_scale, op_plan, op_trace, prepack, qconfig, ragged_rows, weight_view
+from qwix._src.adapter import Adapter
 from qwix._src.core import conv_general, dot_general, qarray, ragged_dot
 from qwix._src.dot_sides import result_dtype, swap_back, swapped, swapped_precision
 from qwix._src.model_weights import Discovery, Key, make_record, named_einsum, note_opaque, op_name
@@ -213,7 +214,9 @@ class Executor:
         known = self.provider.records.get(key)
         if known is None or (known.is_quantized and known.dynamic_because != plan.dynamic_because):
             how = None if plan.weight_side is None else plan.weight_how
-            record = make_record(plan, args, params, how)
+            adapter = None if plan.weight_side is None else args[plan.weight_side].adapter
+            spec = adapter.spec if isinstance(adapter, Adapter) else None
+            record = make_record(plan, args, params, how, adapter=spec)
             quality = None if known is None else known.sqnr_db
             self.provider.records[key] = dataclasses.replace(record, sqnr_db=quality)
 

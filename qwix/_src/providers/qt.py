@@ -62,8 +62,8 @@ class QtProvider(qconfig.QuantizationProvider):
     def _init_rule(self, rule: qconfig.QuantizationRule) -> QtRule:
         if rule.double_quantize:
             raise ValueError(
-                "double_quantize=True says how quantized weights are stored, but training keeps them float, in "
-                f"{rule}. Leave it out here, and set it in the rules of PtqProvider."
+                "double_quantize=True says how quantized weights are stored, but training keeps them float, "
+                f"in {rule}. Leave it out here, and set it in the rules of PtqProvider."
             )
         return as_qt_rule(super()._init_rule(as_qt_rule(rule)))
 
