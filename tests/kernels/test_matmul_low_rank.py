@@ -86,7 +86,7 @@ def test_kernel_is_within_the_bound(chip, name, tile, k, config, rank):
     assert_within(got, problem, lhs, rhs, extras, "bfloat16")
 
 
-@pytest.mark.parametrize("block_k,block_m", [pytest.param(384, 128, marks=pytest.mark.large), (256, 32)])
+@pytest.mark.parametrize("block_k,block_m", [pytest.param(384, 128, marks=pytest.mark.large), (256, 128)])
 def test_rows_that_the_kernel_quantizes(block_k, block_m):
     """The update gets the rows before quantization. K in one block, and in two with a tail."""
     lhs = normal(0, (1, 130, 384), "bfloat16")

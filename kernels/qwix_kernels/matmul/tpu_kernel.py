@@ -3,9 +3,10 @@
 The grid is (batch, M blocks, N blocks, K blocks), K innermost. In one step:
     1. on the first column block, the rows are rewritten into VMEM where the plan says so (dynamic
        quantization, casts, dequantization) and stay there for all column blocks of the row block; as many as
-       `Plan.overlapped_rows` between the dots of step 3, beside which they cost next to nothing;
+       `Plan.overlapped_rows` between the dots of step 3, beside which they cost next to nothing; a low-rank
+       update's part of the rows is found there too (tpu_low_rank);
     2. the weights of the step are rewritten where the plan says so (scale before the dot, codebooks, K
-       tails);
+       tails; tpu_across for a weight turned round);
     3. partial dots run over the block's K, are corrected for zero points by row and column sums, scaled where
        the strategy is "after", and added up;
     4. on the last K block the per-row and per-column scales go on, then what the epilogue has (tpu_epilogue),
