@@ -140,6 +140,14 @@ def test_more_features_than_a_register_and_blocks_of_columns():
     assert_right(lhs, rhs, blocks=(8, 1, 4, 128), padding=((1, 1), (0, 0)))
 
 
+@pytest.mark.parametrize("features", [24, pytest.param(200, marks=pytest.mark.large)])
+def test_features_that_fill_no_whole_registers(features):
+    """What is left of each tap stands with that of others, with rows of zeros where lanes are left over."""
+    rng = np.random.default_rng(13)
+    lhs, rhs = stored(rng, "int8", (1, 4, 8, features)), stored(rng, "int8", (3, 1, features, 16))
+    assert_right(lhs, rhs, blocks=(8, 1, 4, 16), padding=((1, 1), (0, 0)))
+
+
 def test_one_spatial_axis():
     rng = np.random.default_rng(3)
     assert_right(stored(rng, "int8", (1, 9, 32)), stored(rng, "int8", (3, 32, 8)), padding=((2, 0),))
