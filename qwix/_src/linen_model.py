@@ -179,10 +179,9 @@ def _initialize(
     )[0]
     seen = _discover(provider, model, variables, apply)
     params = scope._mutable_collection("params")
-    boxes = {key: flax_util.get_value_from_path(params, key) for key in seen.adapters}
     for key, what in seen.found.items():
         _quantize(provider, params, key, what)
-    provider.complete_linen(params, seen, boxes, lambda: model.make_rng("params"))
+    provider.complete_linen(params, seen, lambda: model.make_rng("params"))
     stored = {"params": flax_util.unbox(linen_scope.plain(params))}
     writes = lambda path, name, value: linen_scope.put(params, path, name, value)
     scales = StaticScales(lambda path, name: _get(params, path, name), writes)

@@ -89,9 +89,11 @@ def linen_boxed(array: Any, part: str, spec: AdapterSpec, stored: Any) -> Any:
     return _like(box, array, axes_of(spec)[part])
 
 
-def add_to_linen(params: Any, seen: Discovery, boxes: Mapping[Key, Any], key: jax.Array | None) -> None:
+def add_to_linen(
+    params: Any, adapters: Mapping[Key, tuple[WeightInfo, AdapterSpec]], key: jax.Array | None
+) -> None:
     """Puts the adapters beside the weights, in boxes like theirs."""
-    for where, (info, spec) in seen.adapters.items():
+    for where, (info, spec) in adapters.items():
         *path, name = where
         owner = params
         for part in path:
@@ -99,9 +101,8 @@ def add_to_linen(params: Any, seen: Discovery, boxes: Mapping[Key, Any], key: ja
         stored = owner[name]
         payload = stored.unboxed if isinstance(stored, WithAux) else flax_util.unbox(stored)
         made = make_adapter(spec, info.rule, _key_of(key, where), payload)
-        axes = axes_of(spec)
         for part, array in made.items():
-            owner[f"{name}{SUFFIXES[part]}"] = _like(boxes[where], array, axes[part])
+            owner[f"{name}{SUFFIXES[part]}"] = linen_boxed(array, part, spec, stored)
 
 
 def _like(box: Any, array: Any, axes: Sequence[int | None]) -> Any:

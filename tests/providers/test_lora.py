@@ -11,6 +11,7 @@ from flax import traverse_util
 from flax.core import meta
 
 import qwix
+import qwix.lora
 
 NORMAL = nn.initializers.normal(1.0)
 RULE = {"rank": 3, "alpha": 1.5, "lora_b_initializer": NORMAL}  # scaling: 1/2
@@ -387,3 +388,27 @@ def test_params_of_another_rank_are_refused():
 def test_another_provider_is_refused():
     with pytest.raises(TypeError, match="takes a LoraProvider, got PtqProvider"):
         qwix.apply_lora_to_model(dense(8), qwix.PtqProvider(qwix.QuantizationRule(weight_qtype="int8")))
+
+
+@pytest.mark.parametrize("stored", ["float", "int8"])
+def test_fresh_adapters_for_params_that_exist(stored):
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+    module = dense(8, kernel_init=init)
+    checkpoint = module.init(jax.random.key(0), X)["params"]
+    model = qwix.apply_lora_to_model(module, qwix.LoraProvider(**RULE | FORMATS[stored], use_dora=True))
+    base = checkpoint
+    if stored != "float":
+        abstract = jax.eval_shape(model.init, jax.random.key(0), X)["params"]
+        base = qwix.quantize_params(meta.unbox(checkpoint), abstract)
+    params = qwix.lora.init_adapters(model, base, jax.random.key(1), X)
+    assert sorted(params) == ["kernel", "kernel_lora_a", "kernel_lora_b", "kernel_lora_m"]
+    assert base.keys() == {"kernel"}
+    weight = meta.unbox(base)["kernel"]
+    weight = qwix.dequantize(weight.unboxed) if stored != "float" else weight
+    norms = jnp.linalg.norm(weight, axis=0)
+    np.testing.assert_allclose(meta.unbox(params)["kernel_lora_m"], norms, rtol=1e-6)
+    if stored == "float":
+        assert params["kernel_lora_a"].names == ("embed", None)
+    model.apply({"params": params}, X)
+    with pytest.raises(ValueError, match="adapters already"):
+        qwix.lora.init_adapters(model, params, jax.random.key(1), X)

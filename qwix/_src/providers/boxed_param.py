@@ -22,7 +22,7 @@ from qwix._src import double_scale, op_plan, op_trace, prepack, qconfig, ragged_
 from qwix._src.adapter import Adapter
 from qwix._src.core import conv_general, dot_general, qarray, ragged_dot
 from qwix._src.dot_sides import result_dtype, swap_back, swapped, swapped_precision
-from qwix._src.model_weights import Discovery, Key, make_record, named_einsum, note_opaque, op_name
+from qwix._src.model_weights import Discovery, make_record, named_einsum, note_opaque, op_name
 from qwix._src.op_plan import OpPlan
 from qwix._src.quantize_params import with_scale_shape
 from qwix._src.static_range import StaticScales, calibrated_act
@@ -110,10 +110,8 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
     def complete_nnx(self, model: nnx.Module, seen: Discovery, rngs: nnx.Rngs | None) -> None:
         """Adds what the provider holds besides quantized weights."""
 
-    def complete_linen(
-        self, params: Any, seen: Discovery, boxes: Mapping[Key, Any], key: Callable[[], jax.Array]
-    ) -> None:
-        """The same for the params of a Linen module; `boxes` are those of the float weights."""
+    def complete_linen(self, params: Any, seen: Discovery, key: Callable[[], jax.Array]) -> None:
+        """The same for the params of a Linen module."""
 
     def class_attributes(self, module: nnx.Module) -> Mapping[str, Any]:
         """What the class of an NNX module has besides its methods."""

@@ -23,7 +23,7 @@ from qwix._src.model_weights import Discovery, Key
 from qwix._src.op_plan import OpPlan
 from qwix._src.providers.boxed_param import BoxedParamProvider
 from qwix._src.static_range import StaticScales
-from qwix._src.weight import WeightTracer
+from qwix._src.weight import WeightInfo, WeightTracer
 from qwix._src.with_aux import WithAux
 
 __all__ = ["LoraProvider", "LoraRule", "apply_lora_to_model"]
@@ -70,7 +70,8 @@ class LoraProvider(BoxedParamProvider):
                 )
             rules = [LoraRule(**rule_kwargs)]
         super().__init__(rules, disable_jit=disable_jit, prepack=prepack)
-        self.adapters: dict[tuple[str | int, ...], AdapterSpec] = {}  # path of the module, name of the weight
+        self.adapters: dict[Key, AdapterSpec] = {}  # by path of the module and name of the weight
+        self.infos: dict[Key, WeightInfo] = {}  # of the same weights, with their rules
         self.names: tuple[str, ...] = ()  # of the adapters that are stacked
 
     @property
@@ -94,6 +95,7 @@ class LoraProvider(BoxedParamProvider):
     def learn(self, seen: Discovery, params: Any = None) -> None:
         """Takes note of the adapters. Raises ValueError for those of the params that aren't among them."""
         self.adapters |= {key: spec for key, (_, spec) in seen.adapters.items()}
+        self.infos |= {key: info for key, (info, _) in seen.adapters.items()}
         if params is not None and (unknown := self._unknown(params)):
             raise ValueError(
                 f"The params have an adapter of {'/'.join(unknown[0])!r}, but no LoraRule of the model gives "
@@ -148,10 +150,8 @@ class LoraProvider(BoxedParamProvider):
         lora_params.add_to_nnx(model, seen, rngs)
         self.learn(seen)
 
-    def complete_linen(
-        self, params: Any, seen: Discovery, boxes: Mapping[Key, Any], key: Callable[[], jax.Array]
-    ) -> None:
-        lora_params.add_to_linen(params, seen, boxes, key() if seen.adapters else None)
+    def complete_linen(self, params: Any, seen: Discovery, key: Callable[[], jax.Array]) -> None:
+        lora_params.add_to_linen(params, seen.adapters, key() if seen.adapters else None)
         self.learn(seen)
 
     def class_attributes(self, module: nnx.Module) -> Mapping[str, Any]:
