@@ -95,6 +95,7 @@ def _fits_ragged(use: Use) -> bool:
     (ragged,), groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
     return (
         use.plan.weight_side == 1
+        and not use.spec.dora
         and not left_batch
         and ragged not in left
         and tuple(use.axes[g] for g in groups) == use.spec.batch

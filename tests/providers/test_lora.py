@@ -211,40 +211,38 @@ def test_it_begins_as_the_base_model():
     np.testing.assert_array_equal(adapted.apply({"params": params}, X), want)
 
 
+DORA = {  # the axes over which norms are taken
+    "dense": 0,
+    "several axes": 0,
+    "einsum over two axes": (0, 1),
+    "conv": (0, 1, 2),
+    "grouped conv": (0, 1, 2),
+    "weight on the left": 1,
+    "scan": 1,
+    "vmap of shared x": 1,
+    "ragged": 1,
+    "tied table": 0,
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "stored"),
-    [
-        ("dense", "int8"),
-        ("several axes", "float"),
-        ("conv", "int8"),
-        ("weight on the left", "int8"),
-        ("scan", "float"),
-    ],
+    ("name", "stored"), [(name, "float") for name in DORA] + [("dense", "int8"), ("conv", "int8")]
 )
 def test_dora(name, stored):
     model, inputs, change = CASES[name]
-    provider = qwix.LoraProvider(**RULE | FORMATS[stored], use_dora=True)
-    adapted = qwix.apply_lora_to_model(model, provider)
-    params = meta.unbox(adapted.init(jax.random.key(2), *inputs)["params"])
+    rule = RULE | FORMATS[stored] | ({"rank": 2, "alpha": 1.0} if "grouped" in name else {})
+    adapted = qwix.apply_lora_to_model(model, qwix.LoraProvider(**rule, use_dora=True))
+    params = meta.unbox(jax.jit(adapted.init)(jax.random.key(2), *inputs)["params"])
     scale_m = lambda path, x: 1.5 * x if "_lora_m" in jax.tree_util.keystr(path) else x
     params = jax.tree_util.tree_map_with_path(scale_m, params)
     flat = traverse_util.flatten_dict(params, is_leaf=lambda _, x: isinstance(x, qwix.WithAux))
     whole = traverse_util.flatten_dict(merged(params, change))
-    axes = {"dense": 0, "several axes": 0, "conv": (0, 1, 2), "weight on the left": 1, "scan": 1}[name]
+    norm = lambda weight: jnp.sqrt(jnp.sum(weight**2, DORA[name], keepdims=True))
     for path, weight in whole.items():
-        base = split(params)[path][0]
-        m = flat[(*path[:-1], path[-1] + "_lora_m")]
-        norms = (
-            jnp.linalg.norm(base.reshape(*base.shape[: base.ndim - 1], -1), axis=axes)
-            if name in ("dense", "scan")
-            else None
-        )
-        if norms is not None:  # it begins at the norms of the weight
-            np.testing.assert_allclose(m, 1.5 * norms, rtol=1e-6)
-        shape = jnp.sum(weight, axes, keepdims=True).shape
-        norm = jnp.sqrt(jnp.sum(weight**2, axes, keepdims=True))
-        whole[path] = weight / norm * m.reshape(shape)
-    out = adapted.apply({"params": params}, *inputs)
+        m = flat[(*path[:-1], path[-1] + "_lora_m")].reshape(norm(weight).shape)
+        np.testing.assert_allclose(m, 1.5 * norm(split(params)[path][0]), rtol=1e-6)  # it begins at |W|
+        whole[path] = weight / norm(weight) * m
+    out = jax.jit(adapted.apply)({"params": params}, *inputs)
     want = model.apply({"params": traverse_util.unflatten_dict(whole)}, *inputs)
     np.testing.assert_allclose(out, want, atol=2e-5 * float(jnp.abs(want).max()), rtol=0)
 
