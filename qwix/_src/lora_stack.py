@@ -38,7 +38,8 @@ def stack(
 
     Returns: NNX: a model that shares its weights with this one. Linen: (module, params). It's called with
       `adapter=name`, with a number or None (the base model), or with one of them per row of the batch: an
-      int array `[batch]`, -1 for the base model, which may be traced.
+      int array `[batch]`, -1 for the base model, which may be traced. The batch is then the first axis of
+      every activation, alone or together with others (`[batch * length, features]`).
 
     Raises:
       ValueError: no adapters, an adapter of another model, one with DoRA.
