@@ -60,7 +60,7 @@ def qarrays(draw):
     return _make(shape, scale, draw(st.booleans()))
 
 
-@settings(max_examples=60)
+@settings(max_examples=35)
 @given(qarrays(), st.data())
 def test_reshape_is_right_or_refused(q, data):
     new = data.draw(st.permutations(q.shape))
@@ -88,7 +88,7 @@ def indices(draw, shape):
     return tuple(items)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(qarrays(), st.data())
 def test_indexing_is_that_of_the_dequantized_array_or_refused(q, data):
     idx = data.draw(indices(q.shape))

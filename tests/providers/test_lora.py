@@ -141,19 +141,16 @@ def merged(params, change, magnitude=False):
     return traverse_util.unflatten_dict(out)
 
 
-INT8 = (
-    "dense",
-    "scan",
-    "vmap of shared x",
-    "several axes",
-    "einsum with a batch",
-    "weight on the left",
-    "sliced",
-)
+LARGE = pytest.mark.large
 COMBINATIONS = [
     *((name, "float") for name in CASES),
-    *((name, "int8") for name in (*INT8, "grouped conv", "ragged", "tied table")),
-    *((name, "nf4") for name in ("dense", "scan", "tied table")),
+    *((name, "int8") for name in ("dense", "scan", "weight on the left", "ragged", "tied table")),
+    *(
+        pytest.param(name, "int8", marks=LARGE)
+        for name in ("vmap of shared x", "several axes", "einsum with a batch", "sliced", "grouped conv")
+    ),
+    ("dense", "nf4"),
+    *(pytest.param(name, "nf4", marks=LARGE) for name in ("scan", "tied table")),
 ]
 
 
@@ -226,7 +223,16 @@ DORA = {  # the axes over which norms are taken
 
 
 @pytest.mark.parametrize(
-    ("name", "stored"), [(name, "float") for name in DORA] + [("dense", "int8"), ("conv", "int8")]
+    ("name", "stored"),
+    [
+        ("dense", "int8"),
+        ("conv", "int8"),
+        *((name, "float") for name in ("weight on the left", "grouped conv", "ragged", "tied table")),
+        *(
+            pytest.param(name, "float", marks=LARGE)
+            for name in ("several axes", "einsum over two axes", "scan", "vmap of shared x")
+        ),
+    ],
 )
 def test_dora(name, stored):
     model, inputs, change = CASES[name]

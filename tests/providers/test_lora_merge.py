@@ -56,7 +56,7 @@ def test_float_weights_merge_and_unmerge():
     assert float(jnp.abs(difference).max()) < 2**-22 * size
 
 
-@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("double", [pytest.param(False, marks=pytest.mark.large), True])
 def test_quantized_weights_are_quantized_again(double):
     model = adapted(weight_qtype="int8", double_quantize=double)
     merged = lora.merge(model)
@@ -108,7 +108,7 @@ def test_dora_merges_but_does_not_unmerge():
         lora.unmerge(merged.model, lora.adapters_of(model))
 
 
-@pytest.mark.parametrize("rule", [{}, {"weight_qtype": "int8"}])
+@pytest.mark.parametrize("rule", [pytest.param({}, marks=pytest.mark.large), {"weight_qtype": "int8"}])
 def test_rows_choose_their_adapter(rule):
     models = {"math": adapted(1, **rule), "code": adapted(2, rank=4, **rule)}
     outs = [m(TOKENS) for m in models.values()]

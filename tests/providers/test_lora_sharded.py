@@ -60,7 +60,7 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Embed(16, 16, rngs=rngs)
-        self.layers = nnx.List([Block(rngs) for _ in range(2)])
+        self.layers = nnx.List([Block(rngs)])
 
     def __call__(self, decoder_input_tokens, decoder_positions):
         x = self.embed(decoder_input_tokens) + jnp.sin(decoder_positions[..., None])
@@ -107,7 +107,7 @@ def trained(model, steps=3):
 
 
 def test_adapters_are_sharded_as_their_weights_and_train_as_on_one_device():
-    provider = lambda: qwix.LoraProvider(**RULE)
+    provider = lambda: qwix.LoraProvider(**RULE | {"weight_qtype": "int8"})
     alone = qwix.apply_lora_to_model(Decoder(nnx.Rngs(0)), provider(), rngs=nnx.Rngs(1), **INPUTS)
     on = mesh(AxisType.Auto)
     with jax.set_mesh(on):
