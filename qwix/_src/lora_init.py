@@ -10,6 +10,7 @@ import jax
 from qwix._src import linen_scope, lora_params
 from qwix._src.lora_files import adapters_of
 from qwix._src.lora_merge import provider_of
+from qwix._src.utils import flax_util
 
 
 def init_adapters(model: nn.Module, params: Any, key: jax.Array, *inputs: Any, **kwargs: Any) -> Any:
@@ -24,7 +25,7 @@ def init_adapters(model: nn.Module, params: Any, key: jax.Array, *inputs: Any, *
     Returns: a new tree that holds the same weights.
 
     Raises:
-      ValueError: params that have adapters.
+      ValueError: params that have adapters, or lack a weight that gets one.
       TypeError: not a Linen model of a LoraProvider.
 
     >>> import jax.numpy as jnp, qwix
@@ -39,6 +40,12 @@ def init_adapters(model: nn.Module, params: Any, key: jax.Array, *inputs: Any, *
         raise ValueError("The params have adapters already; qwix.lora.with_adapters changes them.")
     jax.eval_shape(lambda key: model.init(key, *inputs, **kwargs), key)
     new = linen_scope.plain(params)
+    for where in provider.adapters:
+        if flax_util.get_value_from_path(new, where) is None:
+            raise ValueError(
+                f"The params have no {'/'.join(map(str, where))!r}, which gets an adapter. Are they those of "
+                "another model?"
+            )
     found = {where: (provider.infos[where], spec) for where, spec in provider.adapters.items()}
     lora_params.add_to_linen(new, found, key)
     return new

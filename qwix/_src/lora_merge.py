@@ -107,6 +107,7 @@ def unmerge(model: nnx.Module | nn.Module, adapters: Mapping[str, Any], params: 
         if parts["m"] is not None:
             raise ValueError("DoRA can't be unmerged: the norms of the weights before it are gone.")
         adapter = Adapter(**parts, spec=spec_of(provider, path))
+        _check_shapes(path, adapter)
         quality[path] = weights.replace(path, _float(weights.get(path)) - adapter.change(), requantize=True)
         weights.add_adapter(path, parts, adapter.spec)
     return Merged(weights.model, weights.params, quality)
@@ -126,7 +127,12 @@ def provider_of(model: Any, params: Any) -> LoraProvider:
 
 
 def arrays_of(adapters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """{path of a weight: its "a", "b" and "m" (or None)}."""
+    """{path of a weight: its "a", "b" and "m" (or None)}. Raises for what isn't a dict of whole adapters."""
+    if not isinstance(adapters, Mapping):
+        raise TypeError(
+            "Adapters are nested dicts, as qwix.lora.adapters_of(model) gives them, not a "
+            f"{type(adapters).__name__}."
+        )
     found: dict[str, dict[str, Any]] = {}
     for path, array in flat(adapters).items():
         match = ADAPTER_NAME.fullmatch(path)
@@ -134,6 +140,9 @@ def arrays_of(adapters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{path!r} is no adapter. qwix.lora.adapters_of(model) gives adapters alone.")
         parts = found.setdefault(match["weight"], dict.fromkeys(SUFFIXES))
         parts[match["part"]] = jnp.asarray(array)
+    for path, parts in found.items():
+        if lacking := [SUFFIXES[part] for part in ("a", "b") if parts[part] is None]:
+            raise ValueError(f"The adapter of {path!r} lacks {path + lacking[0]!r}.")
     return found
 
 
@@ -150,6 +159,16 @@ def spec_of(provider: LoraProvider, path: str) -> AdapterSpec:
         names = [name for name, _ in known[path].members]
         raise ValueError(f"Several adapters are stacked, {names}: merge each into a model of its own.")
     return known[path]
+
+
+def _check_shapes(path: str, adapter: Adapter) -> None:
+    lifted, spec = adapter.spec.lifted, adapter.spec
+    given, wanted = (adapter.a.shape, adapter.b.shape), ((*lifted, *spec.a_shape), (*lifted, *spec.b_shape))
+    if given != wanted:
+        raise ValueError(
+            f"The adapter of {path!r} has A and B of {given[0]} and {given[1]}, but {wanted[0]} and "
+            f"{wanted[1]} were merged. Is it of another model?"
+        )
 
 
 class Weights:

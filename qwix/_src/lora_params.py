@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,7 +32,13 @@ def add_to_nnx(model: nnx.Module, seen: Discovery, rngs: nnx.Rngs | None) -> Non
     for owner, path, name, value in list(flax_util.nnx_values(model)):
         values[*path, str(name)] = value
         places[id(value)].append((owner, (*path, str(name))))
-    key = (rngs or nnx.Rngs(DEFAULT_SEED)).params() if seen.adapters else None
+    if rngs is None:
+        warnings.warn(
+            f"No rngs given: adapters are made from nnx.Rngs({DEFAULT_SEED}). Give rngs=nnx.Rngs(seed).",
+            stacklevel=2,
+        )
+        rngs = nnx.Rngs(DEFAULT_SEED)
+    key = rngs.params() if seen.adapters else None
     for where, (info, spec) in list(seen.adapters.items()):
         value = values[where]
         made = _nnx_params(info, spec, _key_of(key, where), value)

@@ -53,8 +53,10 @@ def stack(
     >>> both(jnp.ones((3, 8)), adapter=["math", None, "code"]).shape
     (3, 4)
     """
-    if not adapters:
-        raise ValueError("Give at least one adapter, {name: adapters}.")
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise ValueError(f"Give at least one adapter, {{name: adapters}}; got {adapters!r}.")
+    if unknown := sorted(set(alphas or {}) - set(adapters)):
+        raise ValueError(f"alphas has {unknown[0]!r}, but the adapters are {list(adapters)}.")
     old = provider_of(model, params)
     weights = Weights(model, params)
     weights.drop_adapters()

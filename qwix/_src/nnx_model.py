@@ -47,6 +47,7 @@ def quantize_nnx_model(
     base = model_class.original(type(model))
     for method in methods:
         model_class.check_method(base, method)
+    _check_no_adapters(model)
     graphdef, state = nnx.split(model)
     # `merge` takes the variables as they are: these are new ones with the same arrays.
     fresh = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
@@ -79,6 +80,16 @@ def quantize_nnx_model(
         # Data, so that an nnx.Rngs can take the place of None.
         set_attributes(fresh, disable_quant_stats_update=False, qwix_rngs=nnx.data(None))
     return fresh
+
+
+def _check_no_adapters(model: nnx.Module) -> None:
+    """Raises ValueError for a model with adapters, which another conversion would lose."""
+    for _, path, name, value in flax_util.nnx_values(model):
+        if isinstance(value, nnx.LoRAParam) and INFO in value.get_metadata():
+            raise ValueError(
+                f"The model has adapters, {'/'.join(map(str, (*path, name)))!r} for one. Merge them first, "
+                "qwix.lora.merge(model).model, or convert the model they were made for."
+            )
 
 
 def change_classes(model: nnx.Module, provider: BoxedParamProvider) -> None:

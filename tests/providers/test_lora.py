@@ -414,5 +414,7 @@ def test_fresh_adapters_for_params_that_exist(stored):
     if stored == "float":
         assert params["kernel_lora_a"].names == ("embed", None)
     model.apply({"params": params}, X)
+    with pytest.raises(ValueError, match="have no 'kernel', which gets an adapter"):
+        qwix.lora.init_adapters(model, {"other": X}, jax.random.key(1), X)
     with pytest.raises(ValueError, match="adapters already"):
         qwix.lora.init_adapters(model, params, jax.random.key(1), X)

@@ -28,6 +28,7 @@ class Model(nnx.Module):
         return self.embed.attend(self.layers[0](self.conv(self.embed(tokens))))
 
 
+INT8 = qwix.QuantizationRule(weight_qtype="int8")
 TOKENS = jax.random.randint(jax.random.key(1), (6, 5), 0, 32)
 
 
@@ -160,6 +161,8 @@ def test_bad_input():
     model = adapted()
     given = lora.adapters_of(model)
     both = lora.stack(model, {"a": given, "b": given})
+    half = {"kernel_lora_a": given["conv"]["kernel_lora_a"]}
+    other = {"conv": {name: array[:1] for name, array in given["conv"].items()}}
     for call, error, match in [
         (lambda: both(TOKENS), ValueError, r"say which with model\(..., adapter=name\)"),
         (lambda: both(TOKENS, adapter="c"), ValueError, r"no adapter 'c'; the model has \['a', 'b'\]"),
@@ -178,6 +181,13 @@ def test_bad_input():
             ValueError,
             "DoRA",
         ),
+        (lambda: lora.stack(model, [given]), ValueError, "Give at least one adapter"),
+        (lambda: lora.stack(model, {"a": given}, alphas={"b": 1.0}), ValueError, "alphas has 'b'"),
+        (lambda: lora.stack(model, {"a": [1]}), TypeError, "Adapters are nested dicts"),
+        (lambda: lora.stack(model, {"a": {"conv": half}}), ValueError, "lacks 'conv/kernel_lora_b'"),
+        (lambda: lora.unmerge(lora.merge(model).model, other), ValueError, "Is it of another model"),
+        (lambda: qwix.quantize_model(model, qwix.PtqProvider(INT8), TOKENS), ValueError, "Merge them first"),
+        (lambda: qwix.PtqProvider(qwix.LoraRule(rank=1, alpha=1.0)), TypeError, "gives no weight an adapter"),
         (lambda: lora.merge(Model(nnx.Rngs(0))), TypeError, "apply_lora_to_model made"),
         (lambda: lora.merge(lora.merge(model).model), ValueError, "no adapters to merge"),
         (lambda: lora.unmerge(model, given), ValueError, "isn't merged"),

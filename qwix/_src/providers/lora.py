@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -193,11 +192,5 @@ def apply_lora_to_model[M: nn.Module | nnx.Module](
         raise TypeError(
             f"apply_lora_to_model takes a LoraProvider, got {type(provider).__name__}. For example: "
             "LoraProvider(module_path='.*', rank=8, alpha=16.0). quantize_model takes the other providers."
-        )
-    if isinstance(base_model, nnx.Module) and "rngs" not in model_inputs_kwargs:
-        warnings.warn(
-            f"No rngs given: adapters are made from nnx.Rngs({lora_params.DEFAULT_SEED}). Give "
-            "rngs=nnx.Rngs(seed).",
-            stacklevel=2,
         )
     return model.quantize_model(base_model, provider, *model_inputs, methods=methods, **model_inputs_kwargs)

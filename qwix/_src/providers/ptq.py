@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from qwix._src import qconfig
 from qwix._src.core import qarray
+from qwix._src.lora_rule import LoraRule
 from qwix._src.providers.boxed_param import (
     BoxedParamProvider,
     WithAux,
@@ -31,3 +33,11 @@ class PtqProvider(BoxedParamProvider):
     >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.relu)
     >>> quantized = qwix.quantize_model(model, qwix.PtqProvider(rules), jnp.ones((1, 64)))
     """
+
+    def _init_rule(self, rule: qconfig.QuantizationRule) -> qconfig.QuantizationRule:
+        if isinstance(rule, LoraRule):
+            raise TypeError(
+                f"PtqProvider gives no weight an adapter, but {rule} asks for one. LoraProvider does; for a "
+                "merged model, give a QuantizationRule."
+            )
+        return super()._init_rule(rule)
