@@ -8,15 +8,13 @@ Run as `python -m bench.lora_compile FOLDER [CACHE]`.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import os
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-from bench import child, shapes, tpu_compile
+from bench import op_worker, shapes, tpu_compile
 from bench.cache import Cache
 
 SCALING = 2.0
@@ -61,16 +59,5 @@ def price(request: dict[str, Any], dump: str, cache: Cache | None) -> tpu_compil
         return tpu_compile.price(chip, dump, op, *arrays, cache=cache, row_major=True)
 
 
-def main(folder: str, cache: str | None = None) -> None:
-    dump = os.path.join(folder, "dump")
-    tpu_compile.prepare(dump)
-    known = Cache(cache) if cache else None
-
-    def answer(request: dict[str, Any]) -> dict[str, Any]:
-        return {"ops": [dataclasses.asdict(op) for op in price(request, dump, known).ops]}
-
-    child.serve(answer)
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    op_worker.serve(price, *sys.argv[1:])
