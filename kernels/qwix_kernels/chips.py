@@ -53,6 +53,7 @@ class Chip:
     native: tuple[tuple[frozenset[str], frozenset[str]], ...]
     device_kinds: tuple[str, ...] = ()  # how jax names such a device
     bf16_math: bool = False  # the vector unit computes on packed bfloat16
+    sms: int = 0  # streaming multiprocessors of a GPU
 
     @property
     def chip_hbm_gbps(self) -> float:
@@ -115,14 +116,19 @@ _CPU_NATIVE = ((_WIDE, _WIDE), (_INT8, _INT8))
 _V5E_KINDS = ("TPU v5 lite", "TPU v5e")
 _V5P_KINDS = ("TPU v5", "TPU v5p")
 _V6E_KINDS = ("TPU v6 lite", "TPU v6e")
+_B200_KINDS = ("NVIDIA B200",)
 _H100_KINDS = ("NVIDIA H100", "NVIDIA H200")
 _ALL = (
     _tpu("v5e", 1, 1.5, 819, 128 * MiB, 128, 197, 394, 0, 788, _TPU5_NATIVE, _V5E_KINDS),
     _tpu("v5p", 2, 1.75, 2765, 64 * MiB, 128, 459, 918, 0, 1840, _TPU5_NATIVE, _V5P_KINDS),
     _tpu("v6e", 1, 1.75, 1640, 128 * MiB, 256, 918, 1836, 918, 3680, _TPU5_NATIVE, _V6E_KINDS),
     _tpu("v7x", 2, 2.2, 7380, 64 * MiB, 256, 2307, 0, 4614, 0, _TPU7_NATIVE, ("TPU7x", "TPU7")),
-    Chip("h100", "cuda", 1, 1.755, 3350, 227 * KiB, 0, 0, 989, 1979, 1979, 0, _GPU_NATIVE, _H100_KINDS),
-    Chip("b200", "cuda", 1, 1.85, 8000, 227 * KiB, 0, 0, 2250, 4500, 4500, 0, _GPU_NATIVE, ("NVIDIA B200",)),
+    Chip(
+        "h100", "cuda", 1, 1.755, 3350, 227 * KiB, 0, 0, 989, 1979, 1979, 0, _GPU_NATIVE, _H100_KINDS, sms=132
+    ),
+    Chip(
+        "b200", "cuda", 1, 1.85, 8000, 227 * KiB, 0, 0, 2250, 4500, 4500, 0, _GPU_NATIVE, _B200_KINDS, sms=148
+    ),
     Chip("cpu", "cpu", 1, 2.5, 50, 32 * MiB, 0, 0, 0.5, 2.0, 0, 0, _CPU_NATIVE, ("cpu",)),
 )
 CHIPS: dict[str, Chip] = {c.name: c for c in _ALL}

@@ -54,34 +54,22 @@ class Decision:
     devices: int | None
 
 
-def kernel_or_xla(
-    module: str,
+def kernels_or_xla(
+    tpu: str,
     run_xla: Callable[..., Any],
     estimate_xla: Callable[[Any, Chip], Estimate],
     *,
+    gpu: str | None = None,
     configurable: bool = True,
-) -> tuple[Implementation, Implementation]:
-    """The implementations of an op: a TPU kernel, and what runs everywhere and refuses nothing.
+) -> tuple[Implementation, ...]:
+    """The implementations of an op: a kernel for each platform, and what runs everywhere and refuses nothing.
 
     Args:
-      module: where `check`, `estimate` and `run` of the kernel are, and if it is `configurable`
-        `heuristic_config` and `Config`. It is imported only when a TPU is asked about.
+      tpu, gpu: where `check`, `estimate` and `run` of a platform's kernel are, and if it is `configurable`
+        `heuristic_config` and `Config`. Imported only when such a chip is asked about.
       run_xla: (problem, *operands, config=, chip=).
       estimate_xla: (problem, chip).
     """
-
-    def of_kernel(name: str) -> Callable[..., Any]:
-        return lambda *args, **kwargs: getattr(importlib.import_module(module), name)(*args, **kwargs)
-
-    kernel = Implementation(
-        name="mosaic_tpu",
-        platforms=("tpu",),
-        check=of_kernel("check"),
-        estimate=of_kernel("estimate"),
-        run=of_kernel("run"),
-        heuristic_config=of_kernel("heuristic_config") if configurable else None,
-        config_type=(lambda: importlib.import_module(module).Config) if configurable else None,
-    )
     fallback = Implementation(
         name="xla",
         platforms=(),
@@ -89,7 +77,25 @@ def kernel_or_xla(
         estimate=lambda problem, chip, config: estimate_xla(problem, chip),
         run=run_xla,
     )
-    return kernel, fallback
+    kernels = [_kernel("mosaic_tpu", "tpu", tpu, configurable)]
+    if gpu is not None:
+        kernels.append(_kernel("mosaic_gpu", "cuda", gpu, configurable))
+    return *kernels, fallback
+
+
+def _kernel(name: str, platform: str, module: str, configurable: bool) -> Implementation:
+    def of(function: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: getattr(importlib.import_module(module), function)(*args, **kwargs)
+
+    return Implementation(
+        name=name,
+        platforms=(platform,),
+        check=of("check"),
+        estimate=of("estimate"),
+        run=of("run"),
+        heuristic_config=of("heuristic_config") if configurable else None,
+        config_type=(lambda: importlib.import_module(module).Config) if configurable else None,
+    )
 
 
 def decide(
@@ -159,5 +165,6 @@ def primitive(
     made.def_impl(lambda *args, **params: jitted(**params)(*args))
     batching.primitive_batchers[made] = batch_rule
     mlir.register_lowering(made, functools.partial(lower, platform=None))
-    mlir.register_lowering(made, functools.partial(lower, platform="tpu"), platform="tpu")
+    for platform in ("tpu", "cuda"):
+        mlir.register_lowering(made, functools.partial(lower, platform=platform), platform=platform)
     return made

@@ -32,7 +32,7 @@ def _run_xla(problem: ConvProblem, lhs: Tensor, rhs: Tensor, extras: ConvExtras,
 
 dispatch.register(
     ConvProblem,
-    lowering.kernel_or_xla("qwix_kernels.conv.tpu", _run_xla, cost.xla_estimate, configurable=False),
+    lowering.kernels_or_xla("qwix_kernels.conv.tpu", _run_xla, cost.xla_estimate, configurable=False),
 )
 
 

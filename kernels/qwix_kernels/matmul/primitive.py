@@ -46,7 +46,7 @@ def _run_xla(
 
 dispatch.register(
     MatmulProblem,
-    lowering.kernel_or_xla("qwix_kernels.matmul.tpu_stored", _run_xla, cost.xla_estimate),
+    lowering.kernels_or_xla("qwix_kernels.matmul.tpu_stored", _run_xla, cost.xla_estimate),
 )
 
 

@@ -84,7 +84,9 @@ def quantize(
     return values, scale
 
 
-dispatch.register(QuantizeProblem, lowering.kernel_or_xla("qwix_kernels.quantize.tpu", xla.run, xla.estimate))
+dispatch.register(
+    QuantizeProblem, lowering.kernels_or_xla("qwix_kernels.quantize.tpu", xla.run, xla.estimate)
+)
 
 
 def _abstract(x, *, problem: QuantizeProblem, how: How):
