@@ -1,0 +1,378 @@
+"""Quantized matmul on Hopper: one Pallas Mosaic GPU kernel for every scheme.
+
+    out^T [N, M] = W [N, K] x^T [K, M]        gpu_plan.py says why it is transposed, and the strategies
+
+A thread block is one memory warpgroup and several that compute. The memory warpgroup runs ahead over all the
+blocks of K of all the blocks of the result that are this thread block's: it waits for a stage to be free and
+starts the copies into it. So the pipeline never drains: while one block of the result is scaled and stored,
+the next one's operands arrive. The computing warpgroups multiply what has arrived by WGMMA, each its own
+columns or its own part of K, and say that the stage is free.
+
+The result leaves the registers transposed, through shared memory, in chunks of rows. 32-bit results and parts
+of a sum (`Plan.partial`) leave as they are, [splits, batch, N, M], and are finished by XLA.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from qwix_kernels.chips import Chip
+from qwix_kernels.gpu_blocks import WARPGROUP, interpreted, transforms
+from qwix_kernels.matmul import gpu_values
+from qwix_kernels.matmul.gpu_plan import Config, Plan, resolve, varies
+from qwix_kernels.problem import MatmulProblem, Tensor, dtype_bits
+
+_MEMORY_REGISTERS = 40
+_ALL_REGISTERS = 504  # per thread of four warpgroups; the rest is for rounding
+# Blocks of rows that are worked on together, so that what they share stays in the L2 cache.
+_TOGETHER = 8
+
+
+def run(
+    problem: MatmulProblem, lhs: Tensor, rhs: Tensor, *, config: Config, chip: Chip, interpret: Any = False
+) -> jax.Array:
+    """[batch, M, N] in `problem.out_dtype`, of lhs [batch or 1, M, K] and rhs [batch or 1, N, K].
+
+    Raises NotImplementedError where the config does not fit the problem.
+    """
+    plan = resolve(problem, chip, config)
+    named = operands(plan, lhs, rhs)
+    scratch = scratch_types(plan, bool(interpret))
+    made = plgpu.kernel(
+        lambda *refs: _kernel(plan, dict(zip((*named, "out", *scratch), refs, strict=True))),
+        out_type=_out_type(plan),
+        grid=(min(chip.sms, plan.items),),
+        grid_names=("sm",),
+        num_threads=plan.warpgroups + 1,
+        thread_name="wg",
+        scratch_types=list(scratch.values()),
+        compiler_params=WARPGROUP,
+        **interpreted(interpret),
+    )(*named.values())
+    return _finished(plan, made, named) if plan.partial else made
+
+
+def operands(plan: Plan, lhs: Tensor, rhs: Tensor) -> dict[str, jax.Array]:
+    """What the kernel reads, by name. Scales are float32, and have an entry for each row that a block has."""
+    p, c = plan.problem, plan.config
+    rows, columns = plan.blocks[0] * c.block_m, plan.blocks[1] * c.block_n
+    values = lhs.values.astype(jnp.int8) if lhs.values.dtype == jnp.int4 else lhs.values
+    out = {"lhs": values, "rhs": rhs.values}
+    tiles = p.k // plan.scale_k
+    if p.rhs.is_quantized:
+        out["rhs_scale"] = _along(rhs.scale, p.rhs.free, columns, tiles)
+    if p.lhs.is_quantized:
+        out["lhs_scale"] = _along(lhs.scale, p.m, rows, tiles if varies(p.lhs, p) else 1)
+    if rhs.zero_point is not None:
+        out["rhs_zero"] = _along(rhs.zero_point.astype(jnp.int32), p.rhs.free, columns, tiles)
+    return out
+
+
+def _along(x: jax.Array, size: int, padded: int, tiles: int) -> jax.Array:
+    """[batch, free', K'] scales or zero points as float32 [batch, tiles, padded]."""
+    x = jnp.repeat(x.astype(jnp.float32), size // x.shape[1], axis=1)
+    x = jnp.repeat(jnp.swapaxes(x, 1, 2), tiles // x.shape[2], axis=1)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, padded - size)))
+
+
+def _out_type(plan: Plan) -> jax.ShapeDtypeStruct:
+    p, c = plan.problem, plan.config
+    if not plan.partial:
+        return jax.ShapeDtypeStruct((p.batch, p.m, p.n), p.out_dtype)
+    rows = plan.blocks[0] * c.block_m  # so that the copy engine takes any M
+    dtype = "float32" if c.strategy != "once" else plan.acc
+    return jax.ShapeDtypeStruct((c.splits, p.batch, p.n, rows), dtype)
+
+
+def _finished(plan: Plan, parts: jax.Array, named: dict[str, jax.Array]) -> jax.Array:
+    """The result of the parts [splits, batch, N, M]: added up, scaled, in the dtype that is asked for."""
+    p = plan.problem
+    z = jnp.swapaxes(jnp.sum(parts, 0, dtype=parts.dtype)[:, :, : p.m], 1, 2)
+    if p.out_dtype == "int32":
+        return z
+    z = z.astype(jnp.float32)
+    if "rhs_scale" in named and plan.config.strategy == "once":
+        z = z * named["rhs_scale"][:, 0, None, : p.n]
+    if "lhs_scale" in named and not varies(p.lhs, p):
+        z = z * named["lhs_scale"][:, 0, : p.m, None]
+    return z.astype(p.out_dtype)
+
+
+def scratch_types(plan: Plan, interpret: bool) -> dict[str, Any]:
+    """Shared memory and barriers, by name."""
+    p, c = plan.problem, plan.config
+    out: dict[str, Any] = {}
+    for name, (block, dtype) in plan.streams.items():
+        small = name not in ("lhs", "rhs")
+        how = () if small else transforms(block[1] // (1 if small else c.warpgroups_k), dtype)
+        shape = block if small or c.warpgroups_k == 1 else (c.warpgroups_k, block[0], plan.tile_k)
+        out[f"{name}_stages"] = plgpu.SMEM((c.stages, *shape), jnp.dtype(dtype), transforms=how)
+    out["arrived"] = plgpu.Barrier(num_arrivals=_copies(plan), num_barriers=c.stages)
+    out["free"] = plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=c.stages)
+    made = _out_type(plan).dtype
+    chunk = (plan.tile_n, plan.epilogue_m) if plan.partial else (plan.epilogue_m, plan.tile_n)
+    how = transforms(min(chunk[1], 1024 // dtype_bits(made.name)), made.name)
+    out["leaving"] = plgpu.SMEM((c.warpgroups_n, 2, *chunk), made, transforms=how)
+    if c.warpgroups_k > 1:
+        dtype = "float32" if c.strategy != "once" else plan.acc
+        shape = (c.warpgroups_n, c.warpgroups_k - 1, plan.tile_n, c.block_m)
+        out["parts"] = plgpu.SMEM(shape, jnp.dtype(dtype), transforms=transforms(min(c.block_m, 32), dtype))
+        out["parts_full"] = plgpu.Barrier(num_arrivals=c.warpgroups_k - 1, num_barriers=c.warpgroups_n)
+        out["parts_free"] = plgpu.Barrier(num_barriers=c.warpgroups_n)
+    if interpret and plan.widens:
+        # The interpreter's WGMMA has no operand in registers: it goes through here.
+        shape = (plan.warpgroups, plan.tile_n, plan.tile_k)
+        out["registers"] = plgpu.SMEM(
+            shape, jnp.dtype(plan.dot), transforms=transforms(plan.tile_k, plan.dot)
+        )
+    return out
+
+
+def _copies(plan: Plan) -> int:
+    big = 2 * plan.config.warpgroups_k
+    return big + len(plan.streams) - 2
+
+
+# --- the kernel
+
+
+def _kernel(plan: Plan, refs: dict[str, Any]) -> None:
+    warpgroup = lax.axis_index("wg")
+
+    @pl.when(warpgroup == plan.warpgroups)
+    def _():
+        plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
+        _for_each_block(plan, functools.partial(_bring, plan, refs))
+
+    @pl.when(warpgroup < plan.warpgroups)
+    def _():
+        plgpu.set_max_registers(_registers(plan), action="increase")
+        _for_each_block(plan, functools.partial(_compute, plan, refs, warpgroup))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _registers(plan: Plan) -> int:
+    return min(240, (_ALL_REGISTERS - _MEMORY_REGISTERS) // plan.warpgroups // 8 * 8)
+
+
+def _for_each_block(plan: Plan, do: Any) -> None:
+    """do(which, split, batch, block of M, block of N) for each that is this thread block's.
+
+    `which`: how many came before.
+    """
+    blocks, splits = plan.blocks, plan.config.splits
+    each = blocks[0] * blocks[1]
+
+    @plgpu.nd_loop((plan.items,), collective_axes="sm")
+    def _(loop: plgpu.NDLoopInfo):
+        (item,) = loop.index
+        place = plgpu.planar_snake(item % each, blocks, 1, _TOGETHER)
+        outer = item // each
+        do(loop.local_index, outer % splits, outer // splits, *place)
+
+
+def _bring(plan: Plan, refs: dict[str, Any], which, split, batch, i, j) -> None:
+    """Starts the copies of one block's operands, each as soon as its stage is free."""
+    c = plan.config
+
+    @pl.loop(0, plan.steps)
+    def _(k):
+        turn = which * plan.steps + k
+        stage = lax.rem(turn, c.stages)
+
+        @pl.when(turn >= c.stages)
+        def _():
+            plgpu.barrier_wait(refs["free"].at[stage])
+
+        block = split * plan.steps + k
+        for name, (size, _dtype) in plan.streams.items():
+            start = (j if name.startswith("rhs") else i) * size[-1 if "_" in name else 0]
+            source = refs[name].at[_batch_of(refs[name], batch)]
+            target, arrived = refs[f"{name}_stages"].at[stage], refs["arrived"].at[stage]
+            if "_" in name:
+                first = block * c.block_k // plan.scale_k
+                source = source.at[pl.ds(first, size[0]), pl.ds(start, size[1])]
+                plgpu.copy_gmem_to_smem(source, target, arrived)
+                continue
+            for part in range(c.warpgroups_k):
+                first = block * c.block_k + part * plan.tile_k
+                piece = source.at[pl.ds(start, size[0]), pl.ds(first, plan.tile_k)]
+                into = target.at[part] if c.warpgroups_k > 1 else target
+                plgpu.copy_gmem_to_smem(piece, into, arrived)
+
+
+def _batch_of(ref: Any, batch) -> Any:
+    return batch if ref.shape[0] > 1 else 0
+
+
+def _compute(plan: Plan, refs: dict[str, Any], warpgroup, which, split, batch, i, j) -> None:
+    """One warpgroup's part of one block: the sum over K, and what follows it."""
+    c = plan.config
+    column, part = lax.rem(warpgroup, c.warpgroups_n), warpgroup // c.warpgroups_n
+    shape, dtype = (plan.tile_n, c.block_m), jnp.dtype(plan.acc)
+    multiply = functools.partial(_multiply, plan, refs, warpgroup, column, part)
+
+    def at(k):
+        turn = which * plan.steps + k
+        return lax.rem(turn, c.stages)
+
+    if c.strategy == "after":
+
+        def step(k, z):
+            stage = at(k)
+            plgpu.barrier_wait(refs["arrived"].at[stage])
+            for run in range(plan.tile_k // plan.run_k):
+
+                def one(acc, run=run, stage=stage):
+                    multiply(acc, stage, run)
+                    plgpu.wgmma_wait(0)
+                    return acc[...]
+
+                z = z + _scaled_part(
+                    plan, refs, stage, column, part, run, pl.run_scoped(one, plgpu.ACC(shape, dtype))
+                )
+            _release(plan, refs, stage)
+            return z
+
+        zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+        _leave(plan, refs, which, split, batch, i, j, column, part, lax.fori_loop(0, plan.steps, step, zeros))
+        return
+
+    def whole(acc):
+        @pl.loop(0, plan.steps)
+        def _(k):
+            stage = at(k)
+            plgpu.barrier_wait(refs["arrived"].at[stage])
+            for run in range(plan.tile_k // plan.run_k):
+                multiply(acc, stage, run)
+            plgpu.wgmma_wait(0)
+            _release(plan, refs, stage)
+
+        return acc[...]
+
+    z = pl.run_scoped(whole, plgpu.ACC(shape, dtype))
+    _leave(plan, refs, which, split, batch, i, j, column, part, z)
+
+
+def _multiply(plan: Plan, refs: dict[str, Any], warpgroup, column, part, acc, stage, run: int) -> None:
+    """acc += w x^T over one run of K of a stage that has arrived."""
+    c, p = plan.config, plan.problem
+    within = pl.ds(run * plan.run_k, plan.run_k) if plan.run_k < plan.tile_k else slice(None)
+    columns = pl.ds(column * plan.tile_n, plan.tile_n) if c.warpgroups_n > 1 else slice(None)
+    mine = lambda ref: ref.at[stage, part] if c.warpgroups_k > 1 else ref.at[stage]
+    w = mine(refs["rhs_stages"]).at[columns, within]
+    x = mine(refs["lhs_stages"]).at[:, within]
+    if plan.widens:
+        w = gpu_values.widened(w[...], plan.dot, p.rhs.codebook)
+        w = _before(plan, refs, stage, column, part, run, w)
+        if "registers" in refs:
+            stored = refs["registers"].at[warpgroup]
+            stored[:, within] = w
+            plgpu.commit_smem()
+            w = stored.at[:, within]
+    plgpu.wgmma(acc, w, x.transpose((1, 0)))
+
+
+def _release(plan: Plan, refs: dict[str, Any], stage) -> None:
+    """Says that a stage has been read. What was read into registers is ordered before the next copy into it."""
+    if plan.widens or len(plan.streams) > 2:
+        plgpu.commit_smem()
+    plgpu.barrier_arrive(refs["free"].at[stage])
+
+
+def _before(plan: Plan, refs: dict[str, Any], stage, column, part, run: int, w: jax.Array) -> jax.Array:
+    """Widened weights less their zero points, and scaled where that is done before the dot."""
+    tile, mine = _tile(plan, part, run), pl.ds(column * plan.tile_n, plan.tile_n)
+    if "rhs_zero_stages" in refs:
+        zero = plgpu.load(refs["rhs_zero_stages"].at[stage, tile, mine], optimized=False)
+        w = w - lax.broadcast_in_dim(zero.astype(w.dtype), w.shape, (0,))
+    if plan.config.strategy == "before":
+        scale = plgpu.load(refs["rhs_scale_stages"].at[stage, tile, mine], optimized=False)
+        w = w * lax.broadcast_in_dim(scale.astype(w.dtype), w.shape, (0,))
+    return w
+
+
+def _tile(plan: Plan, part, run: int) -> Any:
+    """Which of a stage's scales a run of K has."""
+    return (part * plan.tile_k + run * plan.run_k) // plan.scale_k
+
+
+def _scaled_part(plan: Plan, refs: dict[str, Any], stage, column, part, run: int, z: jax.Array) -> jax.Array:
+    """The sum of one run of K, times its scales, in float32."""
+    z = z.astype(jnp.float32)
+    tile = _tile(plan, part, run)
+    mine = pl.ds(column * plan.tile_n, plan.tile_n)
+    scale = plgpu.load(refs["rhs_scale_stages"].at[stage, tile, mine], optimized=False)
+    z = z * lax.broadcast_in_dim(scale, z.shape, (0,))
+    if "lhs_scale_stages" in refs:
+        scale = plgpu.load(refs["lhs_scale_stages"].at[stage, tile], optimized=False)
+        z = z * lax.broadcast_in_dim(scale, z.shape, (1,))
+    return z
+
+
+def _leave(plan: Plan, refs: dict[str, Any], which, split, batch, i, j, column, part, z: jax.Array) -> None:
+    """What follows the sum: the parts of several warpgroups are added up, scaled and stored."""
+    if plan.config.warpgroups_k == 1:
+        _store(plan, refs, split, batch, i, j, column, z)
+        return
+    parts = refs["parts"].at[column]
+
+    @pl.when(part > 0)
+    def _():
+        @pl.when(which > 0)
+        def _():
+            plgpu.barrier_wait(refs["parts_free"].at[column])
+
+        parts[part - 1] = z
+        plgpu.barrier_arrive(refs["parts_full"].at[column])
+
+    @pl.when(part == 0)
+    def _():
+        plgpu.barrier_wait(refs["parts_full"].at[column])
+        total = z
+        for other in range(plan.config.warpgroups_k - 1):
+            total = total + plgpu.load(parts.at[other], layout=plgpu.Layout.WGMMA)
+        plgpu.barrier_arrive(refs["parts_free"].at[column])
+        _store(plan, refs, split, batch, i, j, column, total)
+
+
+def _store(plan: Plan, refs: dict[str, Any], split, batch, i, j, column, z: jax.Array) -> None:
+    """Scales the sum and copies it out, some rows of the result at a time."""
+    p, c = plan.problem, plan.config
+    first = j * c.block_n + column * plan.tile_n
+    columns = pl.ds(first, plan.tile_n)
+    if not plan.partial:
+        z = z.astype(jnp.float32)
+        if "rhs_scale" in refs and c.strategy == "once":
+            scale = plgpu.load(
+                refs["rhs_scale"].at[_batch_of(refs["rhs_scale"], batch), 0, columns], optimized=False
+            )
+            z = z * lax.broadcast_in_dim(scale, z.shape, (0,))
+        if "lhs_scale" in refs and "lhs_scale_stages" not in refs:
+            rows = pl.ds(i * c.block_m, c.block_m)
+            scale = plgpu.load(
+                refs["lhs_scale"].at[_batch_of(refs["lhs_scale"], batch), 0, rows], optimized=False
+            )
+            z = z * lax.broadcast_in_dim(scale, z.shape, (1,))
+        z = z.astype(p.out_dtype)
+    out = refs["out"].at[split, batch] if plan.partial else refs["out"].at[batch]
+    for number, start in enumerate(range(0, c.block_m, plan.epilogue_m)):
+        chunk = z[:, start : start + plan.epilogue_m]
+        leaving = refs["leaving"].at[column, number % 2]
+        rows = pl.ds(i * c.block_m + start, plan.epilogue_m)
+        plgpu.wait_smem_to_gmem(1 if number else 0, wait_read_only=True)
+        if plan.partial:
+            leaving[...] = chunk
+            target = out.at[columns, rows]
+        else:
+            leaving.transpose((1, 0))[...] = plgpu.layout_cast(chunk, plgpu.Layout.WGMMA_TRANSPOSED)
+            target = out.at[rows, columns]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(leaving, target)
