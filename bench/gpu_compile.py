@@ -133,9 +133,10 @@ def program_of(answer: Mapping[str, Any]) -> Program:
     """The inverse of `dataclasses.asdict`, through JSON."""
 
     def kernel(fields: dict[str, Any]) -> Kernel:
-        loop = fields["main_loop"]
-        tuples = {k: tuple(fields[k]) for k in ("budgets", "grid", "cluster")}
-        return Kernel(**{**fields, **tuples, "main_loop": Loop(**loop) if loop else None})
+        loop: dict[str, Any] | None = fields["main_loop"]
+        changed: dict[str, Any] = {k: tuple(fields[k]) for k in ("budgets", "grid", "cluster")}
+        changed["main_loop"] = Loop(**loop) if loop else None
+        return Kernel(**(fields | changed))
 
     around = tuple((name, moved) for name, moved in answer["around"])
     return Program(answer["chip"], tuple(map(kernel, answer["kernels"])), around)

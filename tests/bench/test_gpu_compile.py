@@ -115,12 +115,15 @@ def test_spills_are_seen():
     assert kernel.spill_bytes > 0 and kernel.local_in_loops > 0
 
 
-def test_a_kernel_that_was_compiled_before():
-    """Mosaic prints nothing then."""
-    both = gpu_compile.compiled("h100", "tests.bench.gpu_kernels:product", dtype="int8", others=[64])
-    (alone,) = gpu_compile.compiled("h100", "tests.bench.gpu_kernels:product", dtype="int8").kernels
-    assert [kernel.grid for kernel in both.kernels] == [(4, 2, 1), (8, 2, 1)]
-    assert both.kernels[0] == alone
+def test_kernels_that_were_compiled_before():
+    """Mosaic prints nothing of them then."""
+    product = "tests.bench.gpu_kernels:product"
+    three = gpu_compile.compiled("h100", product, dtype="int8", others=[64, 32]).kernels
+    by_grid = {kernel.grid: kernel for kernel in three}
+    assert by_grid.keys() == {(4, 2, 1), (8, 2, 1), (16, 2, 1)}
+    for tile in (32, 128):
+        (alone,) = gpu_compile.compiled("h100", product, dtype="int8", tile_n=tile).kernels
+        assert by_grid[512 // tile, 2, 1] == alone
 
 
 def test_refused():
