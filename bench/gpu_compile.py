@@ -154,10 +154,10 @@ def kernels(text: str) -> tuple[Kernel, ...]:
             f"{len(said)} kernels by ptxas, {len(codes)} with code, {len(launches)} with a launch; "
             "nvdisasm (package nvidia-cuda-nvdisasm) must be installed."
         )
-    ends = [match.start() for match in said[1:]] + [len(text)]
+    starts = [*(match.start() for match in said), len(text)]
     return tuple(
         _kernel(text[match.start() : end], match, text[code.end() : end], launch)
-        for match, end, code, launch in zip(said, ends, codes, launches, strict=True)
+        for match, end, code, launch in zip(said, starts[1:], codes, launches, strict=True)
     )
 
 
