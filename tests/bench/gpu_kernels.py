@@ -47,9 +47,7 @@ def product(dtype, tile_n=TILE, k=512, others=()):
         out_type=jax.ShapeDtypeStruct((m, n), jnp.bfloat16),
         grid=(m // TILE, n // tile_n),
         grid_names=("m", "n"),
-        scratch_types=[
-            plgpu.SMEM((TILE, tile_n), jnp.bfloat16, transforms=_lies("bfloat16", min(tile_n, 64)))
-        ],
+        scratch_types=[plgpu.SMEM((TILE, tile_n), jnp.bfloat16, transforms=out)],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
     shapes = [jax.ShapeDtypeStruct((size, k), jnp.dtype(dtype)) for size in (m, n)]
