@@ -31,6 +31,7 @@ WIDENED = {
 }
 # The longest sum of products of bytes that is sure to fit int32.
 MOST_K = 1 << 17
+FEW_ROWS = 128
 ALIGNED = 16  # bytes between rows, for the copy engine
 
 
@@ -81,6 +82,16 @@ class Plan:
         """Whether weights go through registers."""
         p = self.problem
         return p.rhs.codebook is not None or p.rhs.dtype not in (self.dot, *(FP8 if self.dot in FP8 else ()))
+
+    @property
+    def reorders(self) -> bool:
+        """Whether K is in another order, so that threads need not exchange weights (gpu_registers.py).
+
+        Reordering the rows takes a pass over them: it is for few of them, and for codebooks.
+        """
+        p = self.problem
+        four = p.rhs.bits == 4 and self.dot in WIDE
+        return four and (p.rhs.codebook is not None or p.m <= FEW_ROWS)
 
     @property
     def acc(self) -> str:

@@ -25,12 +25,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwix_kernels.chips import Chip
 from qwix_kernels.gpu_blocks import WARPGROUP, interpreted, transforms
-from qwix_kernels.matmul import gpu_values
+from qwix_kernels.matmul import gpu_registers, gpu_values
 from qwix_kernels.matmul.gpu_plan import Config, Plan, resolve, varies
 from qwix_kernels.problem import MatmulProblem, Tensor, dtype_bits
 
 _MEMORY_REGISTERS = 40
-_ALL_REGISTERS = 504  # per thread of four warpgroups; the rest is for rounding
+_MOST_REGISTERS = 240
 # Blocks of rows that are worked on together, so that what they share stays in the L2 cache.
 _TOGETHER = 8
 
@@ -64,6 +64,7 @@ def operands(plan: Plan, lhs: Tensor, rhs: Tensor) -> dict[str, jax.Array]:
     p, c = plan.problem, plan.config
     rows, columns = plan.blocks[0] * c.block_m, plan.blocks[1] * c.block_n
     values = lhs.values.astype(jnp.int8) if lhs.values.dtype == jnp.int4 else lhs.values
+    values = gpu_registers.in_pair_order(values) if plan.reorders else values
     out = {"lhs": values, "rhs": rhs.values}
     tiles = p.k // plan.scale_k
     if p.rhs.is_quantized:
@@ -107,11 +108,11 @@ def _finished(plan: Plan, parts: jax.Array, named: dict[str, jax.Array]) -> jax.
 
 def scratch_types(plan: Plan, interpret: bool) -> dict[str, Any]:
     """Shared memory and barriers, by name."""
-    p, c = plan.problem, plan.config
+    c = plan.config
     out: dict[str, Any] = {}
     for name, (block, dtype) in plan.streams.items():
         small = name not in ("lhs", "rhs")
-        how = () if small else transforms(block[1] // (1 if small else c.warpgroups_k), dtype)
+        how = () if small else transforms(plan.run_k, dtype)
         shape = block if small or c.warpgroups_k == 1 else (c.warpgroups_k, block[0], plan.tile_k)
         out[f"{name}_stages"] = plgpu.SMEM((c.stages, *shape), jnp.dtype(dtype), transforms=how)
     out["arrived"] = plgpu.Barrier(num_arrivals=_copies(plan), num_barriers=c.stages)
@@ -153,13 +154,23 @@ def _kernel(plan: Plan, refs: dict[str, Any]) -> None:
 
     @pl.when(warpgroup < plan.warpgroups)
     def _():
-        plgpu.set_max_registers(_registers(plan), action="increase")
+        plgpu.set_max_registers(registers(plan.warpgroups), action="increase")
         _for_each_block(plan, functools.partial(_compute, plan, refs, warpgroup))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _registers(plan: Plan) -> int:
-    return min(240, (_ALL_REGISTERS - _MEMORY_REGISTERS) // plan.warpgroups // 8 * 8)
+def registers(warpgroups: int) -> int:
+    """Registers per thread of each computing warpgroup.
+
+    A thread block starts with as many for every warpgroup as divide the multiprocessor's 65536, in eights.
+    What the memory warpgroup gives back is all there is to take: asking for more would wait for ever.
+
+    >>> [registers(n) for n in (1, 2, 3, 4)]
+    [240, 232, 152, 104]
+    """
+    at_start = min(248, 65536 // (128 * (warpgroups + 1)) // 8 * 8)
+    freed = at_start * (warpgroups + 1) - _MEMORY_REGISTERS
+    return min(_MOST_REGISTERS, freed // warpgroups // 8 * 8)
 
 
 def _for_each_block(plan: Plan, do: Any) -> None:
@@ -270,9 +281,11 @@ def _multiply(plan: Plan, refs: dict[str, Any], warpgroup, column, part, acc, st
     w = mine(refs["rhs_stages"]).at[columns, within]
     x = mine(refs["lhs_stages"]).at[:, within]
     if plan.widens:
-        w = gpu_values.widened(w[...], plan.dot, p.rhs.codebook)
+        emulated = "registers" in refs
+        options = {"reorders": plan.reorders, "emulated": emulated}
+        w = gpu_values.widened(w, plan.dot, p.rhs.codebook, **options)
         w = _before(plan, refs, stage, column, part, run, w)
-        if "registers" in refs:
+        if emulated:
             stored = refs["registers"].at[warpgroup]
             stored[:, within] = w
             plgpu.commit_smem()
@@ -281,7 +294,7 @@ def _multiply(plan: Plan, refs: dict[str, Any], warpgroup, column, part, acc, st
 
 
 def _release(plan: Plan, refs: dict[str, Any], stage) -> None:
-    """Says that a stage has been read. What was read into registers is ordered before the next copy into it."""
+    """Says that a stage has been read; what went into registers, before the next copy into it."""
     if plan.widens or len(plan.streams) > 2:
         plgpu.commit_smem()
     plgpu.barrier_arrive(refs["free"].at[stage])
