@@ -36,7 +36,7 @@ _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 _USED = re.compile(r"Used (\d+) registers")
 _SECTION = re.compile(r"^//-+ \.text\.(\S+) -+$", re.M)
 # Grid, cluster, block, then the bytes of shared memory.
-_LAUNCH = re.compile(r"call void @mosaic_gpu_build_kernel_spec\(ptr %\w+, " + r"i32 (\d+), " * 10)
+_LAUNCH = re.compile(r"call \w+ @mosaic_gpu_(?:build|launch)_kernel\w*\(ptr %\w+, " + r"i32 (\d+), " * 10)
 
 
 @dataclasses.dataclass(frozen=True)

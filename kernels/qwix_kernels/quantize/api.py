@@ -85,7 +85,10 @@ def quantize(
 
 
 dispatch.register(
-    QuantizeProblem, lowering.kernels_or_xla("qwix_kernels.quantize.tpu", xla.run, xla.estimate)
+    QuantizeProblem,
+    lowering.kernels_or_xla(
+        "qwix_kernels.quantize.tpu", xla.run, xla.estimate, gpu="qwix_kernels.quantize.gpu"
+    ),
 )
 
 
