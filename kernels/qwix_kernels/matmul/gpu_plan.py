@@ -29,6 +29,8 @@ WIDENED = {
     "float16": ("int8", "int4", *FP8),
     "int8": ("int4",),
 }
+MEMORY_REGISTERS, _MOST_REGISTERS = 40, 240  # per thread
+_OTHER_REGISTERS = 24  # those that hold no sums
 # The longest sum of products of bytes that is sure to fit int32.
 MOST_K = 1 << 17
 FEW_ROWS = 128
@@ -122,6 +124,11 @@ class Plan:
         return self.config.warpgroups_n * self.config.warpgroups_k
 
     @property
+    def registers(self) -> int:
+        """Per thread of each computing warpgroup."""
+        return registers(self.warpgroups)
+
+    @property
     def blocks(self) -> tuple[int, int]:
         """Blocks along M and N."""
         p, c = self.problem, self.config
@@ -175,6 +182,20 @@ class Plan:
         return c.stages * stage + out + reduced
 
 
+def registers(warpgroups: int) -> int:
+    """Registers per thread of each computing warpgroup.
+
+    A thread block starts with as many for every warpgroup as divide the multiprocessor's 65536, in eights.
+    What the memory warpgroup gives back is all there is to take: asking for more would wait for ever.
+
+    >>> [registers(n) for n in (1, 2, 3, 4)]
+    [240, 232, 152, 104]
+    """
+    at_start = min(248, 65536 // (128 * (warpgroups + 1)) // 8 * 8)
+    freed = at_start * (warpgroups + 1) - MEMORY_REGISTERS
+    return min(_MOST_REGISTERS, freed // warpgroups // 8 * 8)
+
+
 def dot_dtype(p: MatmulProblem) -> str:
     """The dtype that a problem's operands are multiplied in: that of the rows; bytes for 4-bit rows."""
     return "int8" if p.lhs.dtype == "int4" else p.lhs.dtype
@@ -220,12 +241,12 @@ def check(p: MatmulProblem, chip: Chip) -> None:
         bits = 8 if x.dtype == "int4" and name == "lhs" else x.bits
         if p.k * bits % (8 * ALIGNED):
             raise NotImplementedError(
-                f"rows of the {name} take {p.k * bits / 8:g} bytes; the copy engine needs multiples of {ALIGNED}"
+                f"a row of the {name} is {p.k * bits / 8:g} bytes; the copy engine takes multiples of {ALIGNED}"
             )
     if dtype_bits(p.out_dtype) == 16 and p.n % 8:
         raise NotImplementedError(f"N is {p.n}; the copy engine writes multiples of 8")
-    if dtype_bits(p.out_dtype) not in (16, 32) or p.out_dtype == "float16" and dot == "int8":
-        raise NotImplementedError(f"results are bfloat16, float32 or int32, not {p.out_dtype}")
+    if dtype_bits(p.out_dtype) not in (16, 32):
+        raise NotImplementedError(f"results are bfloat16, float16, float32 or int32, not {p.out_dtype}")
     _check_tiles(p)
 
 
@@ -261,6 +282,9 @@ def resolve(p: MatmulProblem, chip: Chip, config: Config) -> Plan:
         raise NotImplementedError(f"{c}: K is {p.k}, which the splits do not divide into whole steps")
     if plan.smem_bytes > SMEM_BYTES:
         raise NotImplementedError(f"{c} takes {plan.smem_bytes} bytes of shared memory of {SMEM_BYTES}")
+    sums = plan.tile_n * c.block_m // 128 * (1 + (c.strategy == "after"))
+    if sums > plan.registers - _OTHER_REGISTERS:
+        raise NotImplementedError(f"{c}: {sums} registers of sums; a thread has {plan.registers}")
     if plan.warpgroups > 6:
         raise NotImplementedError(f"{c}: {plan.warpgroups} warpgroups compute; 6 can")
     return plan

@@ -26,11 +26,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwix_kernels.chips import Chip
 from qwix_kernels.gpu_blocks import WARPGROUP, interpreted, transforms
 from qwix_kernels.matmul import gpu_registers, gpu_values
-from qwix_kernels.matmul.gpu_plan import Config, Plan, resolve, varies
+from qwix_kernels.matmul.gpu_plan import MEMORY_REGISTERS, Config, Plan, resolve, varies
 from qwix_kernels.problem import MatmulProblem, Tensor, dtype_bits
 
-_MEMORY_REGISTERS = 40
-_MOST_REGISTERS = 240
 # Blocks of rows that are worked on together, so that what they share stays in the L2 cache.
 _TOGETHER = 8
 
@@ -45,10 +43,11 @@ def run(
     plan = resolve(problem, chip, config)
     named = operands(plan, lhs, rhs)
     scratch = scratch_types(plan, bool(interpret))
+    sms = min(chip.sms, plan.items)
     made = plgpu.kernel(
-        lambda *refs: _kernel(plan, dict(zip((*named, "out", *scratch), refs, strict=True))),
+        lambda *refs: _kernel(plan, sms, dict(zip((*named, "out", *scratch), refs, strict=True))),
         out_type=_out_type(plan),
-        grid=(min(chip.sms, plan.items),),
+        grid=(sms,),
         grid_names=("sm",),
         num_threads=plan.warpgroups + 1,
         thread_name="wg",
@@ -144,33 +143,36 @@ def _copies(plan: Plan) -> int:
 # --- the kernel
 
 
-def _kernel(plan: Plan, refs: dict[str, Any]) -> None:
+def _kernel(plan: Plan, sms: int, refs: dict[str, Any]) -> None:
     warpgroup = lax.axis_index("wg")
 
     @pl.when(warpgroup == plan.warpgroups)
     def _():
-        plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
         _for_each_block(plan, functools.partial(_bring, plan, refs))
+        _drain(plan, refs, sms)
 
     @pl.when(warpgroup < plan.warpgroups)
     def _():
-        plgpu.set_max_registers(registers(plan.warpgroups), action="increase")
+        plgpu.set_max_registers(plan.registers, action="increase")
         _for_each_block(plan, functools.partial(_compute, plan, refs, warpgroup))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if plan.config.warpgroups_k > 1:
+            column, part = lax.rem(warpgroup, plan.config.warpgroups_n), warpgroup // plan.config.warpgroups_n
+
+            @pl.when(part > 0)
+            def _():
+                plgpu.barrier_wait(refs["parts_free"].at[column])
 
 
-def registers(warpgroups: int) -> int:
-    """Registers per thread of each computing warpgroup.
+def _drain(plan: Plan, refs: dict[str, Any], sms: int) -> None:
+    """Waits until all stages are free: a barrier must not be left in the middle of a phase."""
+    mine = (plan.items - lax.axis_index("sm") + sms - 1) // sms
+    turns = mine * plan.steps
 
-    A thread block starts with as many for every warpgroup as divide the multiprocessor's 65536, in eights.
-    What the memory warpgroup gives back is all there is to take: asking for more would wait for ever.
-
-    >>> [registers(n) for n in (1, 2, 3, 4)]
-    [240, 232, 152, 104]
-    """
-    at_start = min(248, 65536 // (128 * (warpgroups + 1)) // 8 * 8)
-    freed = at_start * (warpgroups + 1) - _MEMORY_REGISTERS
-    return min(_MOST_REGISTERS, freed // warpgroups // 8 * 8)
+    @pl.loop(lax.max(turns - plan.config.stages, jnp.int32(0)), turns)
+    def _(turn):
+        plgpu.barrier_wait(refs["free"].at[lax.rem(turn, plan.config.stages)])
 
 
 def _for_each_block(plan: Plan, do: Any) -> None:

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwix_kernels import dispatch, lowering
 from qwix_kernels.chips import Chip
 from qwix_kernels.lowering import How, explicit_axes
-from qwix_kernels.matmul import cost, elementwise, xla
+from qwix_kernels.matmul import cost, elementwise, gpu_cost, xla
 from qwix_kernels.problem import NO_EXTRAS, ROW_EXTRAS, Epilogue, Extras, MatmulProblem, Operand, Tensor
 
 
@@ -44,9 +44,16 @@ def _run_xla(
     return xla.run(problem, lhs, rhs, extras, one_by_one=one_by_one, apart=apart)
 
 
+def _xla_estimate(problem: MatmulProblem, chip: Chip) -> dispatch.Estimate:
+    of = gpu_cost if chip.platform == "cuda" else cost
+    return of.xla_estimate(problem, chip)
+
+
 dispatch.register(
     MatmulProblem,
-    lowering.kernels_or_xla("qwix_kernels.matmul.tpu_stored", _run_xla, cost.xla_estimate),
+    lowering.kernels_or_xla(
+        "qwix_kernels.matmul.tpu_stored", _run_xla, _xla_estimate, gpu="qwix_kernels.matmul.gpu"
+    ),
 )
 
 

@@ -1,0 +1,112 @@
+"""Quantized matmul on a GPU: what the kernels take, and what is done before and after them.
+
+The kernels multiply and scale. What they do not is done by XLA round them: rows are normalised and quantized
+before, in one pass over the rows; a low-rank update, a gate and the epilogue come after, on float32 sums. A
+weight that is stored [K, N] is transposed first, as 8-bit matrix instructions read both operands along K:
+prepacked weights (`PtqProvider(prepack="k_major")`) save that.
+
+    compute capability 9.0   gpu_sm90.py     10.0   gpu_sm100.py     others: XLA
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwix_kernels.chips import Chip
+from qwix_kernels.dispatch import Estimate
+from qwix_kernels.matmul import cost, elementwise, gpu_estimate, gpu_plan, gpu_sm90
+from qwix_kernels.matmul.gpu_plan import Config as Config
+from qwix_kernels.problem import NO_EXTRAS, Extras, MatmulProblem, Operand, Tensor, dtype_bits
+
+_PASS_US = 1.5  # a kernel of XLA's, however small
+
+
+def product(p: MatmulProblem) -> MatmulProblem:
+    """What the kernel is given: prepared rows, a transposed rhs, and float32 sums where more follows.
+
+    >>> from qwix_kernels.problem import Operand, RowQuantize
+    >>> x, w = Operand("bfloat16", 1, 8), Operand("int8", 1, 32, "float32", 1, 64)
+    >>> p = MatmulProblem(8, 64, 32, x, w, "bfloat16", quantize_lhs=RowQuantize("int8", 127.5))
+    >>> product(p).lhs.dtype, product(p).rhs_transposed
+    ('int8', True)
+    """
+    lhs = p.lhs
+    if q := p.quantize_lhs:
+        stored = "int8" if q.dtype in ("int2", "int4") else q.dtype
+        lhs = Operand(stored, p.lhs.batch, p.lhs.free, "float32", 1, q.tile_k or p.k)
+    return dataclasses.replace(
+        p,
+        lhs=lhs,
+        out_dtype="float32" if p.epilogue or p.low_rank else p.out_dtype,
+        rhs_transposed=True,
+        quantize_lhs=None,
+        norm=None,
+        epilogue=None,
+        low_rank=None,
+    )
+
+
+def check(problem: MatmulProblem, chip: Chip) -> None:
+    """Raises NotImplementedError, naming the constraint, for what no kernel takes."""
+    gpu_plan.check(product(problem), chip)
+
+
+def heuristic_config(problem: MatmulProblem, chip: Chip) -> Config:
+    """Blocks of the kernel."""
+    return gpu_estimate.heuristic_config(product(problem), chip)
+
+
+def estimate(problem: MatmulProblem, chip: Chip, config: Config) -> Estimate:
+    """Static cost of the kernel and of the passes round it."""
+    p = problem
+    kernel = gpu_estimate.estimate(product(p), chip, config)
+    per_us = chip.hbm_gbps * 1e3 * gpu_estimate.HBM_SHARE
+    passes, moved = 0, 0.0
+    if p.norm or p.quantize_lhs:
+        passes += 1
+        stored = dtype_bits(p.quantize_lhs.dtype) if p.quantize_lhs else p.lhs.bits
+        moved += p.lhs.batch * p.m * p.k * (2 * p.lhs.bits + stored) / 8
+    if not p.rhs_transposed:
+        passes += p.products
+        moved += p.products * 2 * cost.operand_bytes(p.rhs, p.k)
+    if p.epilogue or p.low_rank:
+        passes += 1
+        moved += cost.result_bytes(p, "float32") * p.products + cost.epilogue_bytes(p)
+    more = passes * _PASS_US + moved / per_us + cost.low_rank_us(p, chip)
+    return dataclasses.replace(
+        kernel,
+        compute_us=kernel.compute_us * p.products,
+        memory_us=kernel.memory_us * p.products + moved / per_us,
+        static_us=kernel.static_us * p.products + more,
+        floor_us=max(cost.floor(p, chip)),
+    )
+
+
+def run(
+    problem: MatmulProblem,
+    lhs: Tensor,
+    rhs: Tensor,
+    extras: Extras = NO_EXTRAS,
+    *,
+    config: Config,
+    chip: Chip,
+    interpret: Any = False,
+) -> jax.Array | Tensor:
+    """As the op: [batch, M, N], and the scales of a result that is quantized."""
+    inner = product(problem)
+    rows = elementwise.prepare(problem, lhs, extras)
+
+    def multiplied(weight: Tensor) -> jax.Array:
+        if not problem.rhs_transposed:
+            weight = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), weight)
+        return gpu_sm90.run(inner, rows, weight, config=config, chip=chip, interpret=interpret)
+
+    z = multiplied(rhs)
+    if problem.low_rank:
+        z = elementwise.add_low_rank(problem, z, lhs.values, extras)
+    gate = None if extras.gate is None else multiplied(extras.gate)
+    return elementwise.finish(problem, z, gate, extras)
