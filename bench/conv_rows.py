@@ -74,7 +74,7 @@ def device_rows(chip: Any, layers: Sequence[ConvLayer], schemes: Sequence[str], 
                 "qconv_ours": (conv_problems.kernel(layer, scheme), conv_problems.operands(layer, scheme)),
                 "qconv_bf16": (conv_problems.xla_bf16(layer), conv_problems.bf16_operands(layer)),
             }
-            data = {name: (op, measured.data(like)) for name, (op, like) in programs.items()}
+            data = {name: (op, [measured.data(like)]) for name, (op, like) in programs.items()}
             times = time_on_device(data, rounds)
             plan = dispatch.explain(problem, chip)
             yield {

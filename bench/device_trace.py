@@ -15,6 +15,7 @@ Programs are told apart by the name of the function that was jitted, so each nee
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import glob
 import os
 import re
@@ -27,6 +28,8 @@ import jax
 import numpy as np
 from jax.profiler import ProfileData
 
+# A function, and the arguments of its runs, which take turns.
+Program = tuple[Callable[..., Any], Sequence[tuple[Any, ...]]]
 MODULES = "XLA Modules"
 _DEVICE = re.compile(r"/device:(TPU|GPU):\d+$")
 _MODULE = re.compile(r"(?P<name>.+?)(?:\(\d+\))?$")
@@ -106,26 +109,41 @@ def medians(times: Mapping[str, Sequence[float]], names: Sequence[str], rounds: 
     return found
 
 
-def time_on_device(programs: Mapping[str, tuple[Callable, tuple]], rounds: int = 20) -> dict[str, float]:
+def time_on_device(programs: Mapping[str, Program], rounds: int = 20) -> dict[str, float]:
     """Microseconds of device time per run of each program, runs interleaved round by round.
 
     Args:
-      programs: name -> (function, arguments). The names are given to the jitted functions.
-      rounds: how often each is run; 2 or more. One run before, to compile, is not timed.
+      programs: name -> (function, arguments in turn). The names are given to the compiled functions.
+      rounds: how often each is run; 2 or more. One run before is not timed.
 
     Raises:
       ValueError: fewer than two rounds, or no accelerator in the profile.
     """
+    return time_compiled(compiled(programs), rounds)
+
+
+def compiled(programs: Mapping[str, Program]) -> dict[str, Program]:
+    """The same programs compiled, several at a time."""
+
+    def one(name: str) -> Program:
+        fn, arguments = programs[name]
+        return jax.jit(_named(name, fn)).lower(*arguments[0]).compile(), arguments
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return dict(zip(programs, pool.map(one, programs), strict=True))
+
+
+def time_compiled(programs: Mapping[str, Program], rounds: int) -> dict[str, float]:
+    """As `time_on_device`, of what `compiled` gave."""
     if rounds < 2:
         raise ValueError(f"A median needs 2 rounds or more, got {rounds=}.")
-    jitted = {name: (jax.jit(_named(name, fn)), arguments) for name, (fn, arguments) in programs.items()}
-    for fn, arguments in jitted.values():
-        jax.block_until_ready(fn(*arguments))
+    for fn, arguments in programs.values():
+        jax.block_until_ready(fn(*arguments[0]))
     with tempfile.TemporaryDirectory(prefix="qwix_trace_") as folder:
         with jax.profiler.trace(folder):
-            for _ in range(rounds):
-                for fn, arguments in jitted.values():
-                    jax.block_until_ready(fn(*arguments))
+            for turn in range(rounds):
+                for fn, arguments in programs.values():
+                    jax.block_until_ready(fn(*arguments[turn % len(arguments)]))
         return medians(program_times(read(folder)), tuple(programs), rounds)
 
 

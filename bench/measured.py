@@ -32,7 +32,7 @@ def measure(
         for name in schemes:
             wanted = scheme(name)
             programs = {
-                f"qdot_{kind}": (fn, data(arguments)) for kind, fn, arguments in _programs(wanted, m, k, n)
+                f"qdot_{kind}": (fn, [data(arguments)]) for kind, fn, arguments in _programs(wanted, m, k, n)
             }
             times = time_on_device(programs, rounds)
             plan = dispatch.explain(problems.problem(wanted, m, k, n), chip)

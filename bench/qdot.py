@@ -1,12 +1,13 @@
 """What qdot costs here. On a TPU or a GPU it is timed; on a CPU static prices and CPU ratios are printed.
 
-    python -m bench.qdot --json FILE
+    python -m bench.qdot --json FILE    # on a GPU: prefill and decode in every scheme
     python -m bench.qdot --shapes 16x4096x4096,1024x4096x14336 --schemes w8a8,w4a16_g128 --chips v5e,v6e
     python -m bench.qdot --static=false --compare ENV/bin/python --check    # CPU ratios, against google/qwix
 
 Three kinds of figures, never mixed:
 
-    device    measured on the accelerator that is here, by its own profiler (device_trace.py)
+    device    measured on the accelerator that is here, by its own profiler (device_trace.py); on a GPU next
+              to what the device does at best and to XLA's own 8-bit products (gpu_measured.py)
     static    read from what the TPU's compiler emits, for a chip that is not here (price.py)
     cpu       wall clock on this CPU, only ever as a ratio of programs that ran in turn (cpu_ratios.py)
 """
@@ -53,8 +54,29 @@ _CHECK = flags.DEFINE_boolean(
 def _on_device(chip: Any) -> dict[str, Any]:
     from bench import measured
 
+    if chip.platform == "cuda":
+        return _on_gpu(chip)
     shapes = qdot_rows.checked(_SHAPES.value, _SCHEMES.value)
     return {"device": list(measured.measure(chip, _SCHEMES.value, shapes, _ROUNDS.value))}
+
+
+def _on_gpu(chip: Any) -> dict[str, Any]:
+    """The cells that --shapes and --schemes say; by default those that gpu_measured.py says."""
+    from bench import gpu_measured, gpu_problems, qdot_tables
+
+    cells = gpu_measured.default_cells(chip.name)
+    if flags.FLAGS["shapes"].present or flags.FLAGS["schemes"].present:
+        schemes = _SCHEMES.value if flags.FLAGS["schemes"].present else gpu_problems.SCHEMES
+        shapes = qdot_rows.checked(_SHAPES.value, schemes)
+        cells = [gpu_problems.Cell(chip.name, name, *shape) for shape in shapes for name in schemes]
+    rows = []
+    for row in gpu_measured.measure(chip, cells, _ROUNDS.value):
+        print(qdot_tables.gpu_summary(row), file=sys.stderr, flush=True)
+        rows.append(row)
+    import jax
+
+    kind = jax.devices()[0].device_kind
+    return {"device_kind": kind, "limits": gpu_measured.limits(_ROUNDS.value), "gpu": rows}
 
 
 def _without_device() -> dict[str, Any]:

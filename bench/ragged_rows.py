@@ -81,8 +81,8 @@ def device_rows(
     for layer in layers:
         for scheme in schemes:
             programs = _programs(layer, [scheme])
-            data = {"qgmm_ours": programs[scheme], "qgmm_bf16": programs["bfloat16"]}
-            times = time_on_device(data, rounds)
+            named = {"qgmm_ours": programs[scheme], "qgmm_bf16": programs["bfloat16"]}
+            times = time_on_device({name: (fn, [data]) for name, (fn, data) in named.items()}, rounds)
             plan = dispatch.explain(ragged_problems.problem(shapes.scheme(scheme), layer), chip)
             floor = max(ragged_problems.floor(shapes.scheme(scheme), layer, chip))
             yield {

@@ -96,7 +96,7 @@ def test_programs_are_timed_in_turn(monkeypatch, tmp_path):
     monkeypatch.setattr(device_trace, "read", lambda folder: profile)
     ran = []
     noisy = lambda name: lambda x: jax.debug.callback(lambda: ran.append(name)) or x + 1
-    programs = {name: (noisy(name), (jnp.ones(3),)) for name in "ab"}
+    programs = {name: (noisy(name), [(jnp.ones(3),)]) for name in "ab"}
     assert device_trace.time_on_device(programs, rounds=3) == {"a": 2.5, "b": 5.0 / 3}
     jax.effects_barrier()
     assert ran == ["a", "b"] * 4
@@ -109,7 +109,7 @@ def test_a_table_on_a_device(monkeypatch, capsys):
     seen = {}
 
     def fake(programs, rounds):
-        for name, (fn, arguments) in programs.items():
+        for name, (fn, (arguments,)) in programs.items():
             seen[name] = jax.eval_shape(fn, *arguments)
         return {"qdot_ours": 30.0, "qdot_bf16": 20.0, "qdot_same": 60.0}
 
