@@ -14,7 +14,7 @@ of the weight of together more than `ROTATE_BYTES`. A cell that fails is a row w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -117,7 +117,7 @@ def _rotating(arrays: Sequence[jax.ShapeDtypeStruct], lhs: int) -> list[tuple[ja
     return [first, *((*first[:lhs], *weights) for weights in more)]
 
 
-def _difference(programs: dict[str, tuple[Any, list[tuple[Any, ...]]]]) -> float:
+def _difference(programs: Mapping[str, device_trace.Program]) -> float:
     """Between our result and that of XLA's chain, relative to the norm of the chain's."""
     ours, same = (np.asarray(fn(*given[0]), np.float32) for fn, given in (programs["ours"], programs["same"]))
     return float(np.linalg.norm(ours - same) / np.linalg.norm(same))
