@@ -1,0 +1,276 @@
+"""The Blackwell matmul kernel: out^T = W x^T on tcgen05, by threads that each do one thing and never stop.
+
+Weights are the left operand of the instruction: 128 of their rows are the 128 lanes of tensor memory (TMEM),
+and rows of the activations are its columns, so that a decode step of 16 rows wastes nothing. A block goes
+through its share of the work items (batch, part of K, tile of the result), and
+
+    load      one warp: copies (TMA) of blocks of both operands, `steps` ahead, and of scales along K
+    multiply  one warp: MMAs from shared memory into a ring of accumulators in TMEM
+    convert   one or two warpgroups, for weights that are narrower than the activations: shared memory ->
+              registers -> the activations' dtype, times scales along K -> TMEM, from where the MMA reads them
+    drain     one or two warpgroups: accumulators -> float32 -> scales -> result, turned by the matrix store
+              (STSM.T) -> copy (TMA) to HBM
+
+What hands over what, all of them rings of barriers:
+
+    full      load -> multiply, convert     a block is in shared memory
+    empty     multiply -> load              ... and was read
+    ready     convert -> multiply           converted weights are in TMEM
+    read      multiply -> convert           ... and were read
+    done      multiply -> drain             an accumulator is complete
+    free      drain -> multiply             ... and was read
+    scales_full, scales_free                load -> drain -> load
+
+Edges need nothing special: copies from outside an operand fill with zeros, which adds nothing, and copies to
+the result are clipped. Scales are padded by the caller to whole tiles.
+
+Each ring's last arrivals are awaited before a block ends: nothing writes to shared memory that is no longer
+the block's.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from qwix_kernels.gpu_blocks import WARPGROUP, interpreted, transforms
+from qwix_kernels.matmul import gpu_sm100_scaled
+from qwix_kernels.matmul.gpu_sm100_convert import convert
+from qwix_kernels.matmul.gpu_sm100_drain import drain
+from qwix_kernels.matmul.gpu_sm100_plan import LANES, PAIR, Plan
+from qwix_kernels.matmul.gpu_sm100_work import Item, each_item, item_count, loop, settle
+from qwix_kernels.problem import dtype_bits
+
+
+def run(plan: Plan, operands: dict[str, jax.Array], interpret: Any = False) -> jax.Array:
+    """[splits, batch, M, N], where N is rounded up to whole 16 bytes.
+
+    `operands`: x [x_batch, M, K], w [w_batch, N, K]; x_scale and w_scale, float32 and padded to whole tiles:
+    [batch, rows] per row, [batch, tiles of K, rows] along K; x_block_scale and w_block_scale as
+    `gpu_sm100_scaled.arranged` puts them.
+    """
+    names = tuple(operands)
+    granule = 128 // dtype_bits(plan.out_dtype)
+    shape = (plan.splits, plan.batch, plan.m, pl.cdiv(plan.n, granule) * granule)
+
+    def kernel(*refs: Any, **scratch: Any) -> None:
+        inputs, out = refs[: len(names)], refs[len(names)]
+        named = dict(zip(names, inputs, strict=True))
+        _block(plan, types.SimpleNamespace(**named, out=out, **scratch), bool(interpret))
+
+    threads = 1 + plan.drains + plan.converters
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(shape, plan.out_dtype),
+        grid=(plan.units,),
+        grid_names=("sm",),
+        **_cluster(plan),
+        num_threads=threads,
+        thread_name="role",
+        compiler_params=WARPGROUP,
+        scratch_types=_scratch(plan, bool(interpret)),
+        **interpreted(interpret),
+    )(*operands.values())
+
+
+def _cluster(plan: Plan) -> dict[str, Any]:
+    return {"cluster": (2,), "cluster_names": (PAIR,)} if plan.pair else {}
+
+
+def _scratch(plan: Plan, interpret: bool) -> dict[str, Any]:
+    smem, steps = plgpu.SMEM, plan.steps
+    tensor = functools.partial(plgpu.Barrier, num_arrivals=1, orders_tensor_core=True)
+    out = transforms(LANES // 2, plan.out_dtype)
+    x = transforms(plan.block_k, plan.x_dtype)
+    w = transforms(plan.chunk_k if plan.converters else plan.block_k, plan.w_dtype)
+    copies = 2 + plan.converts_scales + 2 * bool(plan.block_scale)
+    scratch = {
+        "w_s": smem((steps, LANES, plan.block_k), jnp.dtype(plan.w_dtype), transforms=w),
+        "x_s": smem((steps, plan.x_rows, plan.block_k), jnp.dtype(plan.x_dtype), transforms=x),
+        "out_s": smem((plan.drains, 2, plan.drain_m, LANES), jnp.dtype(plan.out_dtype), transforms=out),
+        "acc": plgpu.TMEM((LANES, plan.acc_slots * plan.block_m), plan.acc_dtype, collective=plan.pair),
+        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=steps),
+        "empty": tensor(num_barriers=steps),
+        "done": tensor(num_barriers=plan.acc_slots),
+        "free": _free(plan),
+    }
+    if plan.converters:
+        columns = plan.chunk_slots * plan.chunk_k
+        scratch["a_t"] = plgpu.TMEM((LANES, columns), jnp.dtype(plan.multiplied), packed=True)
+        scratch["ready"] = tensor(num_barriers=plan.chunk_slots)
+        scratch["read"] = tensor(num_barriers=plan.chunk_slots)
+    if plan.converts_scales:
+        scratch["w_scale_s"] = smem((steps, plan.w_scale_tiles, LANES), plan.w_scale_dtype)
+    if plan.scales_in_runs:
+        for name, tile, size in (("x", plan.x_tile_k, plan.block_m), ("w", plan.w_tile_k, LANES)):
+            if tile:
+                scratch[f"{name}_scale_s"] = smem((plan.acc_slots, size), jnp.float32)
+        copies = bool(plan.x_tile_k) + bool(plan.w_tile_k)
+        scratch["scales_full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.acc_slots)
+        scratch["scales_free"] = plgpu.Barrier(num_arrivals=plan.drains, num_barriers=plan.acc_slots)
+    if plan.block_scale:
+        scratch |= _block_scales(plan, interpret)
+    return scratch
+
+
+def _free(plan: Plan) -> Any:
+    """Of a pair, both have read an accumulator before the next one is begun in its place."""
+    facts: dict[str, Any] = {"num_arrivals": plan.drains, "num_barriers": plan.acc_slots}
+    if plan.pair:
+        return plgpu.ClusterBarrier(collective_axes=(PAIR,), orders_tensor_core=True, **facts)
+    return plgpu.Barrier(orders_tensor_core=True, **facts)
+
+
+def _block_scales(plan: Plan, interpret: bool) -> dict[str, Any]:
+    dtype, scratch, steps = jnp.dtype(plan.block_scale), {}, plan.steps
+    for name, rows in (("x", plan.block_m), ("w", LANES)):
+        tiles = pl.cdiv(rows, gpu_sm100_scaled.ROWS)
+        scratch[f"{name}_block_scale_s"] = plgpu.SMEM((steps, tiles, plan.scale_words, 32, 16), dtype)
+        if interpret:
+            wide = (steps, rows, plan.block_k)
+            scratch[f"{name}_wide_s"] = plgpu.SMEM(wide, jnp.float32)
+        else:
+            shape = (tiles * gpu_sm100_scaled.ROWS, plan.scale_words * gpu_sm100_scaled.ALONG)
+            scratch[f"{name}_scale_t"] = plgpu.TMEM(shape, dtype, layout=plgpu.TMEMLayout.SCALES_LAYOUT())
+    return scratch
+
+
+def _block(plan: Plan, r: Any, interpret: bool) -> None:
+    """What one block does: `r` are its refs, by name."""
+    role = lax.axis_index("role")
+
+    @pl.when(role == 0)
+    def _issue():
+        @plgpu.warp_map
+        def _(warp):
+            pl.when(warp == 0)(functools.partial(_load, plan, r))
+            pl.when(warp == 1)(functools.partial(_multiply, plan, r, interpret))
+
+    for part in range(plan.drains):
+        pl.when(role == 1 + part)(functools.partial(drain, plan, r, part))
+    for part in range(plan.converters):
+        pl.when(role == 1 + plan.drains + part)(functools.partial(convert, plan, r, part))
+
+
+def _load(plan: Plan, r: Any) -> None:
+    def item(at: Item) -> None:
+        rows, columns = pl.ds(at.row, plan.block_m), pl.ds(at.column, plan.columns)
+        halves: dict[str, Any] = {}
+        if plan.pair:  # each of a pair gets half of the rows of both, and the first one awaits them all
+            halves = {"collective_axes": PAIR, "leader_tracked": plgpu.CopyPartition.PARTITIONED(0)}
+        x, w = (at.batch if b > 1 else 0 for b in (plan.x_batch, plan.w_batch))
+
+        def step(i: Any) -> None:
+            count = at.turn * plan.blocks + i
+            slot = lax.rem(count, plan.steps)
+            pl.when(count >= plan.steps)(lambda: plgpu.barrier_wait(r.empty.at[slot]))
+            first = (at.split * plan.blocks + i) * plan.block_k
+            along = pl.ds(first, plan.block_k)
+            plgpu.copy_gmem_to_smem(r.w.at[w, columns, along], r.w_s.at[slot], r.full.at[slot], **halves)
+            plgpu.copy_gmem_to_smem(r.x.at[x, rows, along], r.x_s.at[slot], r.full.at[slot], **halves)
+            if plan.converts_scales:
+                tiles = pl.ds(lax.div(first, plan.w_tile_k), plan.w_scale_tiles)
+                plgpu.copy_gmem_to_smem(
+                    r.w_scale.at[w, tiles, columns], r.w_scale_s.at[slot], r.full.at[slot]
+                )
+
+            if plan.block_scale:
+                words = pl.ds((at.split * plan.blocks + i) * plan.scale_words, plan.scale_words)
+                tiles = (x, lax.div(at.row, plan.block_m), slice(None), words)
+                plgpu.copy_gmem_to_smem(
+                    r.x_block_scale.at[tiles], r.x_block_scale_s.at[slot], r.full.at[slot]
+                )
+                tiles = (w, lax.div(at.column, LANES), slice(None), words)
+                plgpu.copy_gmem_to_smem(
+                    r.w_block_scale.at[tiles], r.w_block_scale_s.at[slot], r.full.at[slot]
+                )
+
+        def scales(run: Any) -> None:
+            count = at.turn * plan.runs + run
+            slot = lax.rem(count, plan.acc_slots)
+            pl.when(count >= plan.acc_slots)(lambda: plgpu.barrier_wait(r.scales_free.at[slot]))
+            first = (at.split * plan.blocks + run * plan.run_blocks) * plan.block_k
+            if plan.x_tile_k:
+                source = r.x_scale.at[x, lax.div(first, plan.x_tile_k), rows]
+                plgpu.copy_gmem_to_smem(source, r.x_scale_s.at[slot], r.scales_full.at[slot])
+            if plan.w_tile_k:
+                source = r.w_scale.at[w, lax.div(first, plan.w_tile_k), columns]
+                plgpu.copy_gmem_to_smem(source, r.w_scale_s.at[slot], r.scales_full.at[slot])
+
+        def one_run(run: Any) -> None:
+            if plan.scales_in_runs:
+                scales(run)
+            loop(plan.run_blocks, lambda i: step(run * plan.run_blocks + i))
+
+        loop(plan.runs, one_run)
+
+    each_item(plan, item)
+    items = item_count(plan)
+    settle(r.empty, items * plan.blocks, range(plan.steps))
+    if plan.scales_in_runs:
+        settle(r.scales_free, items * plan.runs, range(plan.acc_slots))
+
+
+def _multiply(plan: Plan, r: Any, interpret: bool) -> None:
+    def item(at: Item) -> None:
+        def one_run(run: Any) -> None:
+            turn = at.turn * plan.runs + run
+            acc_slot = lax.rem(turn, plan.acc_slots)
+            acc = r.acc.at[:, pl.ds(acc_slot * plan.block_m, plan.block_m)]
+            pl.when(turn >= plan.acc_slots)(lambda: plgpu.barrier_wait(r.free.at[acc_slot]))
+            if plan.pair:
+                pl.when(lax.axis_index(PAIR) == 0)(
+                    functools.partial(_multiply_pair, plan, r, acc, turn, acc_slot)
+                )
+                return
+
+            def step(i: Any) -> None:
+                count = turn * plan.run_blocks + i
+                slot = lax.rem(count, plan.steps)
+                plgpu.barrier_wait(r.full.at[slot])
+                if plan.block_scale:
+                    gpu_sm100_scaled.multiply(r, acc, slot, i > 0, interpret)
+                elif plan.converters:
+                    _multiply_chunks(plan, r, acc, count, slot, i > 0)
+                else:
+                    x = r.x_s.at[slot].transpose((1, 0))
+                    plgpu.tcgen05_mma(acc, r.w_s.at[slot], x, r.empty.at[slot], accumulate=i > 0)
+
+            loop(plan.run_blocks, step)
+            plgpu.tcgen05_commit_arrive(r.done.at[acc_slot])
+
+        loop(plan.runs, one_run)
+
+    each_item(plan, item)
+    settle(r.free, item_count(plan) * plan.runs, range(plan.acc_slots))
+
+
+def _multiply_pair(plan: Plan, r: Any, acc: Any, turn: Any, acc_slot: Any) -> None:
+    """One run of K by a pair of multiprocessors: the first one issues it, both learn when it is done."""
+
+    def step(i: Any) -> None:
+        slot = lax.rem(turn * plan.run_blocks + i, plan.steps)
+        plgpu.barrier_wait(r.full.at[slot])
+        x = r.x_s.at[slot].transpose((1, 0))
+        options = {"accumulate": i > 0, "collective_axis": PAIR}
+        plgpu.tcgen05_mma(acc, r.w_s.at[slot], x, r.empty.at[slot], **options)
+
+    loop(plan.run_blocks, step)
+    plgpu.tcgen05_commit_arrive(r.done.at[acc_slot], collective_axis=PAIR)
+
+
+def _multiply_chunks(plan: Plan, r: Any, acc: Any, count: Any, slot: Any, accumulate: Any) -> None:
+    for c in range(plan.chunks):
+        chunk_slot = lax.rem(count * plan.chunks + c, plan.chunk_slots)
+        plgpu.barrier_wait(r.ready.at[chunk_slot])
+        a = r.a_t.at[:, pl.ds(chunk_slot * plan.chunk_k, plan.chunk_k)]
+        x = r.x_s.at[slot, :, pl.ds(c * plan.chunk_k, plan.chunk_k)].transpose((1, 0))
+        plgpu.tcgen05_mma(acc, a, x, r.read.at[chunk_slot], accumulate=accumulate if c == 0 else True)
+    plgpu.tcgen05_commit_arrive(r.empty.at[slot])
