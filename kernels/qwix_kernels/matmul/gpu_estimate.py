@@ -76,7 +76,7 @@ def _slots(plan: Plan) -> float:
     p = plan.problem
     slots = _LOOK_UP if p.rhs.codebook else _WIDEN[p.rhs.dtype]
     slots += _SCALE_BEFORE * ((plan.config.strategy == "before") + p.rhs.zero_point)
-    return slots + _EXCHANGE * (not plan.reorders and plan.dot != "int8")
+    return slots + _EXCHANGE * (plan.dot != "int8")
 
 
 @functools.lru_cache(maxsize=4096)

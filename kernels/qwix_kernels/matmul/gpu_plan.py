@@ -33,7 +33,6 @@ MEMORY_REGISTERS, _MOST_REGISTERS = 40, 240  # per thread
 _OTHER_REGISTERS = 24  # those that hold no sums
 # The longest sum of products of bytes that is sure to fit int32.
 MOST_K = 1 << 17
-FEW_ROWS = 128
 ALIGNED = 16  # bytes between rows, for the copy engine
 
 
@@ -86,14 +85,12 @@ class Plan:
         return p.rhs.codebook is not None or p.rhs.dtype not in (self.dot, *(FP8 if self.dot in FP8 else ()))
 
     @property
-    def reorders(self) -> bool:
-        """Whether K is in another order, so that threads need not exchange weights (gpu_registers.py).
+    def reads_ahead(self) -> bool:
+        """Whether weights are read from shared memory a step before they are widened.
 
-        Reordering the rows takes a pass over them: it is for few of them, and for codebooks.
+        4-bit values would go through local memory on their way from one step to the next.
         """
-        p = self.problem
-        four = p.rhs.bits == 4 and self.dot in WIDE
-        return four and (p.rhs.codebook is not None or p.m <= FEW_ROWS)
+        return self.widens and self.problem.rhs.bits == 8 and self.run_k == self.tile_k
 
     @property
     def acc(self) -> str:
@@ -241,7 +238,7 @@ def check(p: MatmulProblem, chip: Chip) -> None:
         bits = 8 if x.dtype == "int4" and name == "lhs" else x.bits
         if p.k * bits % (8 * ALIGNED):
             raise NotImplementedError(
-                f"a row of the {name} is {p.k * bits / 8:g} bytes; the copy engine takes multiples of {ALIGNED}"
+                f"{name} rows of {p.k * bits / 8:g} bytes; the copy engine takes multiples of {ALIGNED}"
             )
     if dtype_bits(p.out_dtype) == 16 and p.n % 8:
         raise NotImplementedError(f"N is {p.n}; the copy engine writes multiples of 8")

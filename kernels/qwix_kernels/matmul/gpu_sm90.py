@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwix_kernels.chips import Chip
 from qwix_kernels.gpu_blocks import WARPGROUP, interpreted, transforms
-from qwix_kernels.matmul import gpu_registers, gpu_values
+from qwix_kernels.matmul import gpu_values
 from qwix_kernels.matmul.gpu_plan import MEMORY_REGISTERS, Config, Plan, resolve, varies
 from qwix_kernels.problem import MatmulProblem, Tensor, dtype_bits
 
@@ -63,7 +63,6 @@ def operands(plan: Plan, lhs: Tensor, rhs: Tensor) -> dict[str, jax.Array]:
     p, c = plan.problem, plan.config
     rows, columns = plan.blocks[0] * c.block_m, plan.blocks[1] * c.block_n
     values = lhs.values.astype(jnp.int8) if lhs.values.dtype == jnp.int4 else lhs.values
-    values = gpu_registers.in_pair_order(values) if plan.reorders else values
     out = {"lhs": values, "rhs": rhs.values}
     tiles = p.k // plan.scale_k
     if p.rhs.is_quantized:
@@ -194,6 +193,8 @@ def _for_each_block(plan: Plan, do: Any) -> None:
 def _bring(plan: Plan, refs: dict[str, Any], which, split, batch, i, j) -> None:
     """Starts the copies of one block's operands, each as soon as its stage is free."""
     c = plan.config
+    # Few rows are the same for all thread blocks: each begins elsewhere, lest they wait in one line.
+    shift = j if plan.blocks[0] == 1 else 0
 
     @pl.loop(0, plan.steps)
     def _(k):
@@ -204,7 +205,7 @@ def _bring(plan: Plan, refs: dict[str, Any], which, split, batch, i, j) -> None:
         def _():
             plgpu.barrier_wait(refs["free"].at[stage])
 
-        block = split * plan.steps + k
+        block = split * plan.steps + lax.rem(k + shift, plan.steps)
         for name, (size, _dtype) in plan.streams.items():
             start = (j if name.startswith("rhs") else i) * size[-1 if "_" in name else 0]
             source = refs[name].at[_batch_of(refs[name], batch)]
@@ -228,112 +229,165 @@ def _batch_of(ref: Any, batch) -> Any:
 def _compute(plan: Plan, refs: dict[str, Any], warpgroup, which, split, batch, i, j) -> None:
     """One warpgroup's part of one block: the sum over K, and what follows it."""
     c = plan.config
-    column, part = lax.rem(warpgroup, c.warpgroups_n), warpgroup // c.warpgroups_n
-    shape, dtype = (plan.tile_n, c.block_m), jnp.dtype(plan.acc)
-    multiply = functools.partial(_multiply, plan, refs, warpgroup, column, part)
-
-    def at(k):
-        turn = which * plan.steps + k
-        return lax.rem(turn, c.stages)
-
+    mine = Mine(plan, refs, warpgroup, which)
     if c.strategy == "after":
-
-        def step(k, z):
-            stage = at(k)
-            plgpu.barrier_wait(refs["arrived"].at[stage])
-            for run in range(plan.tile_k // plan.run_k):
-
-                def one(acc, run=run, stage=stage):
-                    multiply(acc, stage, run)
-                    plgpu.wgmma_wait(0)
-                    return acc[...]
-
-                z = z + _scaled_part(
-                    plan, refs, stage, column, part, run, pl.run_scoped(one, plgpu.ACC(shape, dtype))
-                )
-            _release(plan, refs, stage)
-            return z
-
-        zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-        _leave(plan, refs, which, split, batch, i, j, column, part, lax.fori_loop(0, plan.steps, step, zeros))
-        return
-
-    def whole(acc):
-        @pl.loop(0, plan.steps)
-        def _(k):
-            stage = at(k)
-            plgpu.barrier_wait(refs["arrived"].at[stage])
-            for run in range(plan.tile_k // plan.run_k):
-                multiply(acc, stage, run)
-            plgpu.wgmma_wait(0)
-            _release(plan, refs, stage)
-
-        return acc[...]
-
-    z = pl.run_scoped(whole, plgpu.ACC(shape, dtype))
-    _leave(plan, refs, which, split, batch, i, j, column, part, z)
+        z = _sum_after(mine)
+    else:
+        shape = (plan.tile_n, c.block_m)
+        summed = _sum_ahead if plan.reads_ahead else _sum
+        z = pl.run_scoped(functools.partial(summed, mine), plgpu.ACC(shape, jnp.dtype(plan.acc)))
+    _leave(mine, split, batch, i, j, z)
 
 
-def _multiply(plan: Plan, refs: dict[str, Any], warpgroup, column, part, acc, stage, run: int) -> None:
-    """acc += w x^T over one run of K of a stage that has arrived."""
-    c, p = plan.config, plan.problem
-    within = pl.ds(run * plan.run_k, plan.run_k) if plan.run_k < plan.tile_k else slice(None)
-    columns = pl.ds(column * plan.tile_n, plan.tile_n) if c.warpgroups_n > 1 else slice(None)
-    mine = lambda ref: ref.at[stage, part] if c.warpgroups_k > 1 else ref.at[stage]
-    w = mine(refs["rhs_stages"]).at[columns, within]
-    x = mine(refs["lhs_stages"]).at[:, within]
-    if plan.widens:
-        emulated = "registers" in refs
-        options = {"reorders": plan.reorders, "emulated": emulated}
-        w = gpu_values.widened(w, plan.dot, p.rhs.codebook, **options)
-        w = _before(plan, refs, stage, column, part, run, w)
-        if emulated:
-            stored = refs["registers"].at[warpgroup]
-            stored[:, within] = w
+class Mine:
+    """What one warpgroup reads for one block of the result."""
+
+    def __init__(self, plan: Plan, refs: dict[str, Any], warpgroup, which):
+        self.plan, self.refs, self.warpgroup, self.which = plan, refs, warpgroup, which
+        self.column = lax.rem(warpgroup, plan.config.warpgroups_n)
+        self.part = warpgroup // plan.config.warpgroups_n
+        self.emulated = "registers" in refs
+
+    def arrived(self, k) -> Any:
+        """The stage of the k-th block of K, once it is there."""
+        stage = lax.rem(self.which * self.plan.steps + k, self.plan.config.stages)
+        plgpu.barrier_wait(self.refs["arrived"].at[stage])
+        return stage
+
+    def stage(self, k) -> Any:
+        return lax.rem(self.which * self.plan.steps + k, self.plan.config.stages)
+
+    def release(self, stage) -> None:
+        """Says that a stage has been read; what went into registers, before the next copy into it."""
+        if self.plan.widens or len(self.plan.streams) > 2:
             plgpu.commit_smem()
-            w = stored.at[:, within]
-    plgpu.wgmma(acc, w, x.transpose((1, 0)))
+        plgpu.barrier_arrive(self.refs["free"].at[stage])
+
+    def _run(self, name: str, stage, run: int) -> Any:
+        plan = self.plan
+        ref = (
+            self.refs[name].at[stage, self.part]
+            if plan.config.warpgroups_k > 1
+            else self.refs[name].at[stage]
+        )
+        within = pl.ds(run * plan.run_k, plan.run_k) if plan.run_k < plan.tile_k else slice(None)
+        if name == "rhs_stages" and plan.config.warpgroups_n > 1:
+            return ref.at[pl.ds(self.column * plan.tile_n, plan.tile_n), within]
+        return ref.at[:, within]
+
+    def weights(self, stage, run: int = 0) -> Any:
+        """One run of K of the weight as it is multiplied: in shared memory, or widened in registers."""
+        plan = self.plan
+        if not plan.widens:
+            return self._run("rhs_stages", stage, run)
+        return self.widened(self.loaded(stage, run), stage, run)
+
+    def loaded(self, stage, run: int = 0) -> jax.Array:
+        """One run of K of a weight that is to be widened."""
+        return gpu_values.loaded(self._run("rhs_stages", stage, run), self.plan.dot)
+
+    def widened(self, w: jax.Array, stage, run: int = 0) -> jax.Array:
+        """What was loaded, as it is multiplied."""
+        plan, p = self.plan, self.plan.problem
+        w = gpu_values.widened(w, plan.dot, p.rhs.codebook, emulated=self.emulated)
+        if "rhs_zero_stages" in self.refs:
+            w = w - lax.broadcast_in_dim(
+                self._of_columns("rhs_zero", stage, run).astype(w.dtype), w.shape, (0,)
+            )
+        if plan.config.strategy == "before":
+            w = w * lax.broadcast_in_dim(
+                self._of_columns("rhs_scale", stage, run).astype(w.dtype), w.shape, (0,)
+            )
+        return w
+
+    def _of_columns(self, name: str, stage, run: int) -> jax.Array:
+        tile = self.tile(run)
+        mine = pl.ds(self.column * self.plan.tile_n, self.plan.tile_n)
+        return plgpu.load(self.refs[f"{name}_stages"].at[stage, tile, mine], optimized=False)
+
+    def tile(self, run: int) -> Any:
+        """Which of a stage's scales a run of K has."""
+        return (self.part * self.plan.tile_k + run * self.plan.run_k) // self.plan.scale_k
+
+    def multiply(self, acc, w: Any, stage, run: int = 0) -> None:
+        """acc += w x^T over one run of K; not waited for."""
+        if self.plan.widens and self.emulated:
+            stored = self.refs["registers"].at[
+                self.warpgroup, :, pl.ds(run * self.plan.run_k, self.plan.run_k)
+            ]
+            stored[...] = w
+            plgpu.commit_smem()
+            w = stored
+        plgpu.wgmma(acc, w, self._run("lhs_stages", stage, run).transpose((1, 0)))
+
+    def scaled(self, z: jax.Array, stage, run: int) -> jax.Array:
+        """The sum of one run of K, times its scales, in float32."""
+        z = z.astype(jnp.float32)
+        z = z * lax.broadcast_in_dim(self._of_columns("rhs_scale", stage, run), z.shape, (0,))
+        if "lhs_scale_stages" in self.refs:
+            scale = plgpu.load(self.refs["lhs_scale_stages"].at[stage, self.tile(run)], optimized=False)
+            z = z * lax.broadcast_in_dim(scale, z.shape, (1,))
+        return z
 
 
-def _release(plan: Plan, refs: dict[str, Any], stage) -> None:
-    """Says that a stage has been read; what went into registers, before the next copy into it."""
-    if plan.widens or len(plan.streams) > 2:
-        plgpu.commit_smem()
-    plgpu.barrier_arrive(refs["free"].at[stage])
+def _sum(mine: Mine, acc: Any) -> jax.Array:
+    """The sum over K, one stage after the other."""
+
+    @pl.loop(0, mine.plan.steps)
+    def _(k):
+        stage = mine.arrived(k)
+        for run in range(mine.plan.tile_k // mine.plan.run_k):
+            mine.multiply(acc, mine.weights(stage, run), stage, run)
+        plgpu.wgmma_wait(0)
+        mine.release(stage)
+
+    return acc[...]
 
 
-def _before(plan: Plan, refs: dict[str, Any], stage, column, part, run: int, w: jax.Array) -> jax.Array:
-    """Widened weights less their zero points, and scaled where that is done before the dot."""
-    tile, mine = _tile(plan, part, run), pl.ds(column * plan.tile_n, plan.tile_n)
-    if "rhs_zero_stages" in refs:
-        zero = plgpu.load(refs["rhs_zero_stages"].at[stage, tile, mine], optimized=False)
-        w = w - lax.broadcast_in_dim(zero.astype(w.dtype), w.shape, (0,))
-    if plan.config.strategy == "before":
-        scale = plgpu.load(refs["rhs_scale_stages"].at[stage, tile, mine], optimized=False)
-        w = w * lax.broadcast_in_dim(scale.astype(w.dtype), w.shape, (0,))
-    return w
+def _sum_ahead(mine: Mine, acc: Any) -> jax.Array:
+    """The same; a stage's weights are read while the matrix unit is busy with the one before."""
+    last = mine.plan.steps - 1
+
+    def multiply(k, w, then=lambda: None):
+        stage = mine.stage(k)
+        mine.multiply(acc, mine.widened(w, stage), stage)
+        ahead = then()
+        plgpu.wgmma_wait(0)
+        mine.release(stage)
+        return ahead
+
+    def step(k, w):
+        return multiply(k, w, lambda: mine.loaded(mine.arrived(k + 1)))
+
+    multiply(last, lax.fori_loop(0, last, step, mine.loaded(mine.arrived(0))))
+    return acc[...]
 
 
-def _tile(plan: Plan, part, run: int) -> Any:
-    """Which of a stage's scales a run of K has."""
-    return (part * plan.tile_k + run * plan.run_k) // plan.scale_k
+def _sum_after(mine: Mine) -> jax.Array:
+    """The sum over K in float32, of runs of K that are summed on their own and scaled."""
+    plan = mine.plan
+    shape = (plan.tile_n, plan.config.block_m)
+
+    def step(k, z):
+        stage = mine.arrived(k)
+        for run in range(plan.tile_k // plan.run_k):
+
+            def one(acc, run=run, stage=stage):
+                mine.multiply(acc, mine.weights(stage, run), stage, run)
+                plgpu.wgmma_wait(0)
+                return acc[...]
+
+            z = z + mine.scaled(pl.run_scoped(one, plgpu.ACC(shape, jnp.dtype(plan.acc))), stage, run)
+        mine.release(stage)
+        return z
+
+    zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+    return lax.fori_loop(0, plan.steps, step, zeros)
 
 
-def _scaled_part(plan: Plan, refs: dict[str, Any], stage, column, part, run: int, z: jax.Array) -> jax.Array:
-    """The sum of one run of K, times its scales, in float32."""
-    z = z.astype(jnp.float32)
-    tile = _tile(plan, part, run)
-    mine = pl.ds(column * plan.tile_n, plan.tile_n)
-    scale = plgpu.load(refs["rhs_scale_stages"].at[stage, tile, mine], optimized=False)
-    z = z * lax.broadcast_in_dim(scale, z.shape, (0,))
-    if "lhs_scale_stages" in refs:
-        scale = plgpu.load(refs["lhs_scale_stages"].at[stage, tile], optimized=False)
-        z = z * lax.broadcast_in_dim(scale, z.shape, (1,))
-    return z
-
-
-def _leave(plan: Plan, refs: dict[str, Any], which, split, batch, i, j, column, part, z: jax.Array) -> None:
+def _leave(mine: Mine, split, batch, i, j, z: jax.Array) -> None:
     """What follows the sum: the parts of several warpgroups are added up, scaled and stored."""
+    plan, refs, which, column, part = mine.plan, mine.refs, mine.which, mine.column, mine.part
     if plan.config.warpgroups_k == 1:
         _store(plan, refs, split, batch, i, j, column, z)
         return

@@ -14,24 +14,23 @@ from qwix_kernels.problem import CODEBOOKS, dtype_bits
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
 
 
-def widened(ref: Any, dtype: str, codebook: str | None, *, reorders: bool, emulated: bool) -> jax.Array:
-    """A block of weights [rows, K] from shared memory, in the dtype that they are multiplied in.
+def loaded(ref: Any, dtype: str) -> jax.Array:
+    """A block of weights [rows, K] from shared memory, in the layout of the instruction that takes `dtype`.
 
-    Exact, but that a codebook's entries are rounded to `dtype`. A thread's share of the matrix instruction's
-    operand is pairs of neighbours, which would be read byte by byte. Threads read 32 bits instead, and either
-    exchange what is not theirs while it is still narrow, or (`reorders`) keep it: then K is in the order of
-    `gpu_registers.in_pair_order`.
+    A thread's share of the matrix instruction's operand is pairs of neighbours, which would be read byte by
+    byte. Threads read 32 bits instead, and exchange what is not theirs while it is still narrow.
     """
     if dtype == "int8":
-        return ref[...].astype(dtype)
-    bits = dtype_bits(ref.dtype.name)
-    read = plgpu.Layout.WGMMA_UPCAST_4X if bits == 4 else plgpu.Layout.WGMMA_UPCAST_2X
-    runs = plgpu.layout_cast(ref[...], read)
+        return ref[...]
+    narrow = dtype_bits(ref.dtype.name) == 4
+    runs = plgpu.Layout.WGMMA_UPCAST_4X if narrow else plgpu.Layout.WGMMA_UPCAST_2X
+    return plgpu.layout_cast(plgpu.layout_cast(ref[...], runs), plgpu.Layout.WGMMA)
+
+
+def widened(x: jax.Array, dtype: str, codebook: str | None, *, emulated: bool) -> jax.Array:
+    """What was loaded in the dtype that it is multiplied in; a codebook's entries are rounded to that."""
     if codebook is not None:
-        return gpu_registers.looked_up(runs, CODEBOOKS[codebook], dtype, emulated=emulated)
-    if reorders:
-        return gpu_registers.runs_as_pairs(runs, emulated=emulated).astype(dtype)
-    x = plgpu.layout_cast(runs, plgpu.Layout.WGMMA)
+        return gpu_registers.looked_up(x, CODEBOOKS[codebook], dtype, emulated=emulated)
     if x.dtype.name in _FP8 and dtype == "bfloat16":
         # Hopper converts 8-bit floats to float16 only, which holds them all.
         x = x.astype(jnp.float16).astype(jnp.float32)
