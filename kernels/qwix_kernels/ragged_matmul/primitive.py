@@ -47,7 +47,9 @@ def _run_tgmm(problem: TgmmProblem, *operands: Any, config: Any, chip: chips.Chi
 
 
 _HERE = "qwix_kernels.ragged_matmul"
-dispatch.register(GmmProblem, lowering.kernels_or_xla(f"{_HERE}.tpu", _run_gmm, _gmm_estimate))
+dispatch.register(
+    GmmProblem, lowering.kernels_or_xla(f"{_HERE}.tpu", _run_gmm, _gmm_estimate, gpu=f"{_HERE}.gpu")
+)
 dispatch.register(TgmmProblem, lowering.kernels_or_xla(f"{_HERE}.tpu_tgmm", _run_tgmm, _tgmm_estimate))
 
 
