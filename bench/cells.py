@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 
 from bench import shapes, tpu_compile
 
-LATER = ("h100", "b200")
-
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -66,9 +64,5 @@ def cells_of(
 def check_chips(chips: Iterable[str]) -> None:
     """Raises ValueError for a chip that cannot be priced, with those that can."""
     for chip in chips:
-        if chip in LATER:
-            raise ValueError(
-                f"{chip} cannot be priced yet: only TPUs can ({', '.join(tpu_compile.TOPOLOGY)})."
-            )
         if chip not in tpu_compile.TOPOLOGY:
             raise ValueError(f"Unknown chip {chip!r}; chips: {', '.join(tpu_compile.TOPOLOGY)}.")

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from qwix_kernels import matmul as op
+from qwix_kernels.chips import Chip
 from qwix_kernels.problem import MatmulProblem, Tensor
 
-from bench import problems, shapes
+from bench import floors, problems, shapes, targets
 from bench.shapes import Scheme
 
 SCHEMES = (
@@ -51,6 +52,30 @@ class Cell:
     def __str__(self) -> str:
         how = "" if self.prepacked else " [K, N]"
         return f"{self.chip} {self.scheme} {self.m} x {self.k} x {self.n}{how}"
+
+    @property
+    def rows(self) -> str:
+        """The class that a miss is listed under."""
+        return targets.rows_of(self.m) + ("" if self.prepacked else " [K, N]")
+
+    @property
+    def request(self) -> tuple[str, dict[str, Any]]:
+        """What gpu_compile.py is asked."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k != "chip"}
+        return "bench.gpu_problems:matmul", fields
+
+    @property
+    def problem(self) -> MatmulProblem:
+        return problem(shapes.scheme(self.scheme), self.m, self.k, self.n, self.prepacked)
+
+    def floor(self, chip: Chip) -> tuple[float, float]:
+        """(compute, memory) in microseconds, each operand moved once."""
+        found = floors.floor(chip, shapes.scheme(self.scheme), self.m, self.k, self.n)
+        return found.compute_us, found.memory_us
+
+    def padded_rows(self, block: int) -> int:
+        """Rows that blocks of `block` compute."""
+        return -(-self.m // block) * block
 
 
 def cells(chip: str, schemes: Sequence[str] = ()) -> list[Cell]:

@@ -8,6 +8,7 @@
     python -m bench.price --suite conv --check
     python -m bench.price --suite ragged --check
     python -m bench.price --suite lora --check
+    python -m bench.price --suite matmul --chip h100 --check    # ptxas and machine code: gpu_price.py
 
 How to read the result, and what it leaves out: docs/pricing.md.
 """
@@ -26,6 +27,7 @@ from absl import app, flags
 
 from bench import (
     conv_price,
+    gpu_price,
     lora_price,
     misses,
     pool,
@@ -41,7 +43,12 @@ from bench.cells import Cell, cells_of
 
 # Suites of other ops than matmul, with cells and targets of their own.
 _OF_ROWS = {"conv": conv_price, "ragged": ragged_price, "lora": lora_price}
-_CHIP = flags.DEFINE_list("chip", None, f"Chips: {', '.join(tpu_compile.TOPOLOGY)}. All of them for a suite.")
+_GPU_SUITES = ("matmul", "ragged")
+_CHIP = flags.DEFINE_list(
+    "chip",
+    None,
+    f"Chips: {', '.join(tpu_compile.TOPOLOGY)}, all for a suite; or GPUs: {', '.join(gpu_price.CHIPS)}.",
+)
 _SCHEME = flags.DEFINE_list("scheme", None, "Schemes, for example w8a8,w4a16_g128,wf8af8,wnf4a16_g64.")
 _M = flags.DEFINE_list("m", None, "Rows of the activations.")
 _K = flags.DEFINE_list("k", None, "Length of the sums (4096).")
@@ -159,6 +166,9 @@ def _complete() -> tuple[str, ...]:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
+    if set(_CHIP.value or ()) & set(gpu_price.CHIPS):
+        _rows(_SUITE.value or "", _of_gpu())
+        return
     if _SUITE.value in _OF_ROWS:
         _rows(_SUITE.value, _OF_ROWS[_SUITE.value])
         return
@@ -182,6 +192,25 @@ def main(argv: Sequence[str]) -> None:
     fails = _checked(found) if _CHECK.value else []
     if fails or any("error" in answer for answer in answers if not _SUITE.value):
         sys.exit(1)
+
+
+def _of_gpu() -> gpu_price.Suite:
+    """The suite that is asked for, of GPUs, or the cells that the flags say."""
+    if _SUITE.value in _GPU_SUITES:
+        return gpu_price.Suite(_SUITE.value)
+    if _SUITE.value:
+        raise app.UsageError(f"--suite {_SUITE.value} has no GPUs; {' and '.join(_GPU_SUITES)} have.")
+    layers = [(layer.k, layer.n) for layer in shapes.MODELS.get(_MODEL.value or "", ())]
+    try:
+        pairs = layers or itertools.product(
+            _numbers("k", _K.value) or [4096], _numbers("n", _N.value) or [4096]
+        )
+        sizes = tuple((m, k, n) for k, n in dict.fromkeys(pairs) for m in _numbers("m", _M.value))
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
+    if not sizes or not _SCHEME.value:
+        raise app.UsageError(f"--scheme and --m are missing; or give --suite {' or '.join(_GPU_SUITES)}.")
+    return gpu_price.Chosen("matmul", sizes)
 
 
 def _train() -> None:
@@ -214,7 +243,8 @@ def _rows(name: str, suite: Any) -> None:
     """Prices the cells of another op than matmul, and holds them to their targets."""
     chips = _CHIP.value or suite.CHIPS
     try:
-        _refuse(name, (*_FIXED, "baselines"))
+        if name:
+            _refuse(name, (*_FIXED, "baselines"))
         cells = suite.cells(chips, _SCHEME.value or ())
     except ValueError as error:
         raise app.UsageError(str(error)) from None
@@ -222,7 +252,7 @@ def _rows(name: str, suite: Any) -> None:
         print(suite.plan(cells))
         return
     rows = list(suite.price(cells, _CACHE.value or None))
-    complete = () if _SCHEME.value else chips
+    complete = () if _SCHEME.value else chips  # of no suite: --scheme is given
     if _WRITE_MISSES.value:
         suite.write_misses(rows, complete)
     text = suite.dumps(rows)

@@ -135,7 +135,7 @@ def test_schemes_that_make_no_sense(name, message):
     ("chips", "schemes", "ms", "layers", "message"),
     [
         (["v4"], ["w8a8"], [1], [(8, 8)], "Unknown chip 'v4'; chips: v5e, v5p, v6e, v7x"),
-        (["h100"], ["w8a8"], [1], [(8, 8)], "h100 cannot be priced yet"),
+        (["h100"], ["w8a8"], [1], [(8, 8)], "Unknown chip 'h100'; chips: v5e"),
         (["v5e"], ["w8a8_g128"], [1], [(200, 8)], "128 does not divide K=200"),
         (["v5e"], ["w8a8_b128"], [1], [(256, 192)], "128 does not divide N=192"),
         (["v5e"], ["w8a8"], [0], [(8, 8)], "start at 1, got 0"),
@@ -285,7 +285,7 @@ def test_a_table_of_several_cells_and_an_error_among_them():
     ("arguments", "message"),
     [
         (["--chip", "v5e", "--scheme", "w5a5", "--m", "1"], "Unknown scheme 'w5a5'"),
-        (["--chip", "b200", "--scheme", "w8a8", "--m", "1"], "b200 cannot be priced yet"),
+        (["--chip", "v5e,b200", "--scheme", "w8a8", "--m", "1"], "priced apart from other chips"),
         (["--chip", "v5e", "--scheme", "w8a8"], "--m is missing"),
         (["--suite", "matmul", "--m", "16"], "leave out --m"),
         (["--suite", "canonical", "--write_misses"], "needs --suite matmul"),
