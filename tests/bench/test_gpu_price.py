@@ -153,7 +153,7 @@ def test_the_table(capsys):
 
 def test_a_compiled_cell(tmp_path):
     """By the compiler, and then by what is remembered."""
-    suite = gpu_price.Chosen("matmul", ((64, 2048, 512),))
+    suite = gpu_price.Chosen("matmul", ((64, 4096, 4096),))
     (cell,) = suite.cells(("h100",), ["w8a8"])
     (first,), (again,) = (list(suite.price([cell], str(tmp_path))) for _ in range(2))
     assert first == again and first.runs == "mosaic_gpu" and not first.error
