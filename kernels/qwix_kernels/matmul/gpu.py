@@ -18,10 +18,12 @@ import jax.numpy as jnp
 
 from qwix_kernels.chips import Chip
 from qwix_kernels.dispatch import Estimate
-from qwix_kernels.matmul import cost, elementwise, gpu_estimate, gpu_plan, gpu_sm90
+from qwix_kernels.matmul import cost, elementwise, gpu_sm90, gpu_sm100
 from qwix_kernels.matmul.gpu_plan import Config as Config
 from qwix_kernels.problem import NO_EXTRAS, Extras, MatmulProblem, Operand, Tensor, dtype_bits
+from qwix_kernels.quantize import gpu as quantize_gpu
 
+_HBM_SHARE = 0.9
 _PASS_US = 1.5  # a kernel of XLA's, however small
 
 
@@ -50,21 +52,26 @@ def product(p: MatmulProblem) -> MatmulProblem:
     )
 
 
+def _of(chip: Chip) -> Any:
+    """The module of the chip's kernel."""
+    return {"h100": gpu_sm90, "b200": gpu_sm100}[chip.name]
+
+
 def check(problem: MatmulProblem, chip: Chip) -> None:
     """Raises NotImplementedError, naming the constraint, for what no kernel takes."""
-    gpu_plan.check(product(problem), chip)
+    _of(chip).check(product(problem), chip)
 
 
-def heuristic_config(problem: MatmulProblem, chip: Chip) -> Config:
-    """Blocks of the kernel."""
-    return gpu_estimate.heuristic_config(product(problem), chip)
+def heuristic_config(problem: MatmulProblem, chip: Chip) -> Any:
+    """Blocks of the kernel: a `Config`, or that of gpu_sm100."""
+    return _of(chip).heuristic_config(product(problem), chip)
 
 
-def estimate(problem: MatmulProblem, chip: Chip, config: Config) -> Estimate:
+def estimate(problem: MatmulProblem, chip: Chip, config: Any) -> Estimate:
     """Static cost of the kernel and of the passes round it."""
     p = problem
-    kernel = gpu_estimate.estimate(product(p), chip, config)
-    per_us = chip.hbm_gbps * 1e3 * gpu_estimate.HBM_SHARE
+    kernel = _of(chip).estimate(product(p), chip, config)
+    per_us = chip.hbm_gbps * 1e3 * _HBM_SHARE
     passes, moved = 0, 0.0
     if p.norm or p.quantize_lhs:
         passes += 1
@@ -92,21 +99,33 @@ def run(
     rhs: Tensor,
     extras: Extras = NO_EXTRAS,
     *,
-    config: Config,
+    config: Any,
     chip: Chip,
     interpret: Any = False,
 ) -> jax.Array | Tensor:
     """As the op: [batch, M, N], and the scales of a result that is quantized."""
     inner = product(problem)
-    rows = elementwise.prepare(problem, lhs, extras)
+    rows = _prepared(problem, lhs, extras, interpret)
 
     def multiplied(weight: Tensor) -> jax.Array:
         if not problem.rhs_transposed:
             weight = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), weight)
-        return gpu_sm90.run(inner, rows, weight, config=config, chip=chip, interpret=interpret)
+        return _of(chip).run(inner, rows, weight, config=config, chip=chip, interpret=interpret)
 
     z = multiplied(rhs)
     if problem.low_rank:
         z = elementwise.add_low_rank(problem, z, lhs.values, extras)
     gate = None if extras.gate is None else multiplied(extras.gate)
     return elementwise.finish(problem, z, gate, extras)
+
+
+def _prepared(problem: MatmulProblem, lhs: Tensor, extras: Extras, interpret: Any) -> Tensor:
+    """The rows as the kernel takes them; quantized by a kernel that reads them once, where it can."""
+    how = problem.quantize_lhs
+    if how is None or problem.norm or extras.of_rows != NO_EXTRAS:
+        return elementwise.prepare(problem, lhs, extras)
+    try:
+        quantize_gpu.check_rows(lhs.shape, lhs.values.dtype.name, how)
+    except NotImplementedError:
+        return elementwise.prepare(problem, lhs, extras)
+    return quantize_gpu.rows(lhs.values, how, interpret=interpret)

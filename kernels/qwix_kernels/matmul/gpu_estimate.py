@@ -23,18 +23,18 @@ from qwix_kernels.problem import MatmulProblem, dtype_bits
 
 LAUNCH_US = 2.8  # from the launch to the first block's arrival, and from the last one's to the end
 HBM_SHARE = 0.90  # of the bandwidth, which a copy of 1 GiB reaches too
-_PEAK_SHARE = 0.80  # of the matrix unit's peak, which cuBLAS reaches too: the clock falls under load
-_STEP_CYCLES = 60  # to wait for a stage and to release it
+_PEAK_SHARE = 0.86  # of the matrix unit's peak while it works: the clock falls under load
+_STEP_CYCLES = 130  # to wait for a stage and to release it
 _EPILOGUE_CYCLES = 1500
 # Issue slots per weight that is widened, and per element of a sum that is scaled after the dot.
 _WIDEN = {"int8": 2.0, "int4": 2.2, "float8_e4m3fn": 3.0, "float8_e5m2": 3.0}
-_LOOK_UP = 4.75
+_LOOK_UP = 5.5
 _EXCHANGE = 1.2
 _SCALE_BEFORE = 0.5
 _SCALE_AFTER = {"int32": 3.0, "float32": 2.0}
 _LANES = 128
-# How much longer a slot takes for a warpgroup that has the multiprocessor to itself.
-_ALONE = 1.5
+# How much longer than its slots the widening takes: shared memory, and fences between a stage's users.
+_STALLS = 1.35
 
 
 def estimate(p: MatmulProblem, chip: Chip, config: Config) -> Estimate:
@@ -47,7 +47,7 @@ def estimate(p: MatmulProblem, chip: Chip, config: Config) -> Estimate:
     if plan.partial:
         moved = p.batch * p.m * p.n * (4 * (config.splits + 1) + dtype_bits(p.out_dtype) / 8)
         after = 1.5 + moved / per_us
-    static = max(compute, memory) + LAUNCH_US + after
+    static = (compute**3 + memory**3) ** (1 / 3) + LAUNCH_US + after  # the lesser one is in the other's way
     how = f"{config.strategy}, {plan.items} blocks of {config.block_m} x {config.block_n}"
     return Estimate(compute, memory, static, max(cost.floor(p, chip)), how)
 
@@ -62,7 +62,7 @@ def _compute_us(plan: Plan, chip: Chip) -> float:
     step = tensor / narrow
     if plan.widens:
         each = c.block_n * c.block_k * _slots(plan) / _LANES
-        step = max(step, each, each * _ALONE / plan.warpgroups)
+        step = max(step, each * _STALLS)
     if c.strategy == "after":
         runs = c.block_k // plan.run_k
         scaled = c.block_m * c.block_n * runs * _SCALE_AFTER[plan.acc] / _LANES

@@ -85,14 +85,6 @@ class Plan:
         return p.rhs.codebook is not None or p.rhs.dtype not in (self.dot, *(FP8 if self.dot in FP8 else ()))
 
     @property
-    def reads_ahead(self) -> bool:
-        """Whether weights are read from shared memory a step before they are widened.
-
-        4-bit values would go through local memory on their way from one step to the next.
-        """
-        return self.widens and self.problem.rhs.bits == 8 and self.run_k == self.tile_k
-
-    @property
     def acc(self) -> str:
         return "int32" if self.dot == "int8" else "float32"
 

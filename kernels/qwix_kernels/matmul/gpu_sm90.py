@@ -26,11 +26,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwix_kernels.chips import Chip
 from qwix_kernels.gpu_blocks import WARPGROUP, interpreted, transforms
 from qwix_kernels.matmul import gpu_values
-from qwix_kernels.matmul.gpu_plan import MEMORY_REGISTERS, Config, Plan, resolve, varies
+from qwix_kernels.matmul.gpu_estimate import estimate, heuristic_config
+from qwix_kernels.matmul.gpu_plan import MEMORY_REGISTERS, Config, Plan, check, resolve, varies
 from qwix_kernels.problem import MatmulProblem, Tensor, dtype_bits
+
+__all__ = ["Config", "check", "estimate", "heuristic_config", "run"]
 
 # Blocks of rows that are worked on together, so that what they share stays in the L2 cache.
 _TOGETHER = 8
+# Up to so many rows, scales are fetched before the sum: they take few registers then.
+_EARLY = 64
+Scales = tuple[jax.Array | None, jax.Array | None]
 
 
 def run(
@@ -193,8 +199,6 @@ def _for_each_block(plan: Plan, do: Any) -> None:
 def _bring(plan: Plan, refs: dict[str, Any], which, split, batch, i, j) -> None:
     """Starts the copies of one block's operands, each as soon as its stage is free."""
     c = plan.config
-    # Few rows are the same for all thread blocks: each begins elsewhere, lest they wait in one line.
-    shift = j if plan.blocks[0] == 1 else 0
 
     @pl.loop(0, plan.steps)
     def _(k):
@@ -205,7 +209,7 @@ def _bring(plan: Plan, refs: dict[str, Any], which, split, batch, i, j) -> None:
         def _():
             plgpu.barrier_wait(refs["free"].at[stage])
 
-        block = split * plan.steps + lax.rem(k + shift, plan.steps)
+        block = split * plan.steps + k
         for name, (size, _dtype) in plan.streams.items():
             start = (j if name.startswith("rhs") else i) * size[-1 if "_" in name else 0]
             source = refs[name].at[_batch_of(refs[name], batch)]
@@ -230,13 +234,13 @@ def _compute(plan: Plan, refs: dict[str, Any], warpgroup, which, split, batch, i
     """One warpgroup's part of one block: the sum over K, and what follows it."""
     c = plan.config
     mine = Mine(plan, refs, warpgroup, which)
+    scales = _scales(mine, batch, i, j) if c.block_m <= _EARLY else None
     if c.strategy == "after":
         z = _sum_after(mine)
     else:
         shape = (plan.tile_n, c.block_m)
-        summed = _sum_ahead if plan.reads_ahead else _sum
-        z = pl.run_scoped(functools.partial(summed, mine), plgpu.ACC(shape, jnp.dtype(plan.acc)))
-    _leave(mine, split, batch, i, j, z)
+        z = pl.run_scoped(functools.partial(_sum, mine), plgpu.ACC(shape, jnp.dtype(plan.acc)))
+    _leave(mine, split, batch, i, j, z, scales)
 
 
 class Mine:
@@ -253,9 +257,6 @@ class Mine:
         stage = lax.rem(self.which * self.plan.steps + k, self.plan.config.stages)
         plgpu.barrier_wait(self.refs["arrived"].at[stage])
         return stage
-
-    def stage(self, k) -> Any:
-        return lax.rem(self.which * self.plan.steps + k, self.plan.config.stages)
 
     def release(self, stage) -> None:
         """Says that a stage has been read; what went into registers, before the next copy into it."""
@@ -278,18 +279,10 @@ class Mine:
     def weights(self, stage, run: int = 0) -> Any:
         """One run of K of the weight as it is multiplied: in shared memory, or widened in registers."""
         plan = self.plan
+        w = self._run("rhs_stages", stage, run)
         if not plan.widens:
-            return self._run("rhs_stages", stage, run)
-        return self.widened(self.loaded(stage, run), stage, run)
-
-    def loaded(self, stage, run: int = 0) -> jax.Array:
-        """One run of K of a weight that is to be widened."""
-        return gpu_values.loaded(self._run("rhs_stages", stage, run), self.plan.dot)
-
-    def widened(self, w: jax.Array, stage, run: int = 0) -> jax.Array:
-        """What was loaded, as it is multiplied."""
-        plan, p = self.plan, self.plan.problem
-        w = gpu_values.widened(w, plan.dot, p.rhs.codebook, emulated=self.emulated)
+            return w
+        w = gpu_values.widened(w, plan.dot, plan.problem.rhs.codebook, emulated=self.emulated)
         if "rhs_zero_stages" in self.refs:
             w = w - lax.broadcast_in_dim(
                 self._of_columns("rhs_zero", stage, run).astype(w.dtype), w.shape, (0,)
@@ -344,25 +337,6 @@ def _sum(mine: Mine, acc: Any) -> jax.Array:
     return acc[...]
 
 
-def _sum_ahead(mine: Mine, acc: Any) -> jax.Array:
-    """The same; a stage's weights are read while the matrix unit is busy with the one before."""
-    last = mine.plan.steps - 1
-
-    def multiply(k, w, then=lambda: None):
-        stage = mine.stage(k)
-        mine.multiply(acc, mine.widened(w, stage), stage)
-        ahead = then()
-        plgpu.wgmma_wait(0)
-        mine.release(stage)
-        return ahead
-
-    def step(k, w):
-        return multiply(k, w, lambda: mine.loaded(mine.arrived(k + 1)))
-
-    multiply(last, lax.fori_loop(0, last, step, mine.loaded(mine.arrived(0))))
-    return acc[...]
-
-
 def _sum_after(mine: Mine) -> jax.Array:
     """The sum over K in float32, of runs of K that are summed on their own and scaled."""
     plan = mine.plan
@@ -385,11 +359,11 @@ def _sum_after(mine: Mine) -> jax.Array:
     return lax.fori_loop(0, plan.steps, step, zeros)
 
 
-def _leave(mine: Mine, split, batch, i, j, z: jax.Array) -> None:
+def _leave(mine: Mine, split, batch, i, j, z: jax.Array, scales: Scales | None) -> None:
     """What follows the sum: the parts of several warpgroups are added up, scaled and stored."""
     plan, refs, which, column, part = mine.plan, mine.refs, mine.which, mine.column, mine.part
     if plan.config.warpgroups_k == 1:
-        _store(plan, refs, split, batch, i, j, column, z)
+        _store(mine, split, batch, i, j, z, scales)
         return
     parts = refs["parts"].at[column]
 
@@ -409,27 +383,34 @@ def _leave(mine: Mine, split, batch, i, j, z: jax.Array) -> None:
         for other in range(plan.config.warpgroups_k - 1):
             total = total + plgpu.load(parts.at[other], layout=plgpu.Layout.WGMMA)
         plgpu.barrier_arrive(refs["parts_free"].at[column])
-        _store(plan, refs, split, batch, i, j, column, total)
+        _store(mine, split, batch, i, j, total, scales)
 
 
-def _store(plan: Plan, refs: dict[str, Any], split, batch, i, j, column, z: jax.Array) -> None:
+def _scales(mine: Mine, batch, i, j) -> Scales:
+    """What the whole sum is multiplied with: the columns' scales, and the rows'."""
+    plan, refs, c = mine.plan, mine.refs, mine.plan.config
+
+    def of(name: str, first, size: int) -> jax.Array:
+        ref = refs[name]
+        return plgpu.load(ref.at[_batch_of(ref, batch), 0, pl.ds(first, size)], optimized=False)
+
+    columns = rows = None
+    if "rhs_scale" in refs and c.strategy == "once" and not plan.partial:
+        columns = of("rhs_scale", j * c.block_n + mine.column * plan.tile_n, plan.tile_n)
+    if "lhs_scale" in refs and "lhs_scale_stages" not in refs and not plan.partial:
+        rows = of("lhs_scale", i * c.block_m, c.block_m)
+    return columns, rows
+
+
+def _store(mine: Mine, split, batch, i, j, z: jax.Array, scales: Scales | None) -> None:
     """Scales the sum and copies it out, some rows of the result at a time."""
+    plan, refs, column = mine.plan, mine.refs, mine.column
     p, c = plan.problem, plan.config
-    first = j * c.block_n + column * plan.tile_n
-    columns = pl.ds(first, plan.tile_n)
+    columns = pl.ds(j * c.block_n + column * plan.tile_n, plan.tile_n)
     if not plan.partial:
         z = z.astype(jnp.float32)
-        if "rhs_scale" in refs and c.strategy == "once":
-            scale = plgpu.load(
-                refs["rhs_scale"].at[_batch_of(refs["rhs_scale"], batch), 0, columns], optimized=False
-            )
-            z = z * lax.broadcast_in_dim(scale, z.shape, (0,))
-        if "lhs_scale" in refs and "lhs_scale_stages" not in refs:
-            rows = pl.ds(i * c.block_m, c.block_m)
-            scale = plgpu.load(
-                refs["lhs_scale"].at[_batch_of(refs["lhs_scale"], batch), 0, rows], optimized=False
-            )
-            z = z * lax.broadcast_in_dim(scale, z.shape, (1,))
+        for axis, scale in enumerate(_scales(mine, batch, i, j) if scales is None else scales):
+            z = z if scale is None else z * lax.broadcast_in_dim(scale, z.shape, (axis,))
         z = z.astype(p.out_dtype)
     out = refs["out"].at[split, batch] if plan.partial else refs["out"].at[batch]
     for number, start in enumerate(range(0, c.block_m, plan.epilogue_m)):
