@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwix_kernels.matmul import elementwise
+from qwix_kernels.matmul import elementwise, xla_four_bits
 from qwix_kernels.problem import CODEBOOKS, NO_EXTRAS, Extras, MatmulProblem, Operand, Tensor
 
 # Runs of K that share their scales and are shorter than this are scaled before the dot: each dot would do too
@@ -78,9 +78,9 @@ def multiply(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, rows: int | None)
     left = Side(lhs, is_left=True, free=1, contracting=2)
     n, k = (1, 2) if problem.rhs_transposed else (2, 1)
     right = Side(rhs, is_left=False, free=n, contracting=k)
-    halves = _unpacked_halves(right)
+    halves = xla_four_bits.halves(right)
     if halves is None:
-        return _run(problem, left, right, rows)
+        return _run(problem, *xla_four_bits.pairs(left, right), rows)
     even, odd = (_run(problem, left, half, rows) for half in halves)
     return jnp.stack([even, odd], -1).reshape(even.shape[0], problem.m, problem.n)
 
@@ -109,7 +109,7 @@ def _prepare_apart(problem: MatmulProblem, lhs: Tensor, extras: Extras) -> Tenso
 def _multiply_apart(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, rows: int | None) -> jax.Array:
     # What is scaled after the dot is better fused with what the model does next.
     w = problem.rhs
-    if problem.rhs_transposed or not _halves(jnp.dtype(w.dtype), problem.n, w.tile_free or 1):
+    if problem.rhs_transposed or not xla_four_bits.in_halves(jnp.dtype(w.dtype), problem.n, w.tile_free or 1):
         return multiply(problem, lhs, rhs, rows)
     product = dataclasses.replace(problem, norm=None, quantize_lhs=None, epilogue=None, low_rank=None)
     return _multiply_once(product, lhs, rhs, rows)
@@ -282,32 +282,6 @@ def _scaled(out: jax.Array, *sides: Side | None) -> jax.Array:
         if side is not None and side.scale is not None:
             out = out * side.on_result(side.scale)
     return out
-
-
-def _halves(dtype: jnp.dtype, n: int, tile: int) -> bool:
-    """Whether N columns are multiplied in two halves."""
-    return dtype in (jnp.int4, jnp.uint4) and n % 2 == 0 and (tile % 2 == 0 or tile == 1)
-
-
-def _unpacked_halves(right: Side) -> tuple[Side, Side] | None:
-    """The even and the odd columns of a 4-bit rhs [batch, K, N] in bytes, or None where that does not apply.
-
-    4-bit values lie two to a byte along N. Both halves of all bytes are one vector operation, where a
-    conversion to int8 goes value by value (3x slower on a CPU); putting the columns of the result together
-    again is cheaper.
-    """
-    values = right.values
-    batch, k, n = values.shape
-    tile = n // right.scale.shape[2] if right.scale is not None else 1
-    if right.contracting == 2 or not _halves(values.dtype, n, tile):
-        return None
-    byte = jnp.int8 if values.dtype == jnp.int4 else jnp.uint8
-    pairs = jax.lax.bitcast_convert_type(values.reshape(batch, k, n // 2, 2), byte)
-    strided = lambda a, i: a if a is None or tile > 1 else a[:, :, i::2]
-    zero = right.tensor.zero_point
-    zero = None if zero is None else zero.astype(byte)
-    half = lambda x, i: right.with_arrays(x, strided(right.scale, i), strided(zero, i))
-    return half((pairs << 4) >> 4, 0), half(pairs >> 4, 1)
 
 
 # --- integers
