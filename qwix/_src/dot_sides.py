@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Arranged:
+    """A dot as core computes it."""
+
+    operands: list[Any]
+    options: dict[str, Any]
+    back: tuple[int, ...] | None  # the transpose of its result, where the sides were exchanged
+
+    def turned_back(self, out: jax.Array) -> jax.Array:
+        return out if self.back is None else out.transpose(self.back)
 
 
 def swapped(dnums: Any) -> Any:

@@ -15,10 +15,10 @@ import jax
 from flax import traverse_util
 from flax.core import scope as flax_scope
 
-from qwix._src import interception, linen_scope, model_class, op_trace, qconfig, qt_linen
+from qwix._src import interception, linen_scope, model_class, op_trace, prepack, qconfig, qt_linen
 from qwix._src.adapter import SUFFIXES, Adapter
 from qwix._src.core import qarray
-from qwix._src.model_weights import Discovery, Found
+from qwix._src.model_weights import Discovery, Found, note_stored
 from qwix._src.providers.boxed_param import BoxedParamProvider, create_quantized_param
 from qwix._src.providers.qt import QtProvider
 from qwix._src.report_records import sqnr_db
@@ -126,7 +126,7 @@ def _scope_param(
         )
     if stored.info is not None:
         info = dataclasses.replace(stored.info, path=info.path, name=name)
-    return tag(stored.unboxed, info, _adapter(scope, info))
+    return tag(stored.payload, info, _adapter(scope, info))
 
 
 def _adapter(scope: flax_scope.Scope, info: WeightInfo) -> Adapter | None:
@@ -222,9 +222,10 @@ def _quantize(provider: BoxedParamProvider, params: Any, key: tuple[Any, ...], w
         info=what.info,
         lifted=what.lifted,
         cut=what.cut,
-        prepacked=provider.prepack and what.packs,
+        prepacked=prepack.of_op(provider.prepack, what.op),
         _qarray_module=provider._qarray,
     )
+    note_stored(provider, what.records, weight)
     provider.note_quality(what.records, sqnr_db(raw, qarray.dequantize(weight.unboxed)))
     params[name] = weight
 

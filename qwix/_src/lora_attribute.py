@@ -87,7 +87,7 @@ class AdaptedWeight(ArrayLike):
 
     def __jax_array__(self) -> jax.Array:
         stored = self._stored
-        payload = stored.unboxed if isinstance(stored, WithAux) else flax_util.unbox(stored)
+        payload = stored.payload if isinstance(stored, WithAux) else flax_util.unbox(stored)
         return tag(payload, self._info, self._adapter)
 
 

@@ -19,11 +19,11 @@ from qwix._src import lora_ops, op_plan, op_trace, qconfig, weight_steps
 from qwix._src.adapter import Adapter
 from qwix._src.core import dot_general
 from qwix._src.core.low_rank import LowRank, dot_general_low_rank, low_rank_delta
-from qwix._src.dot_sides import result_dtype, swap_back
+from qwix._src.dot_sides import Arranged, result_dtype, swap_back
 from qwix._src.lora_ops import Use
 from qwix._src.lora_rows import Selected
 from qwix._src.op_plan import OpPlan
-from qwix._src.providers.boxed_param import Arranged, Executor, once
+from qwix._src.providers.boxed_param import Executor, once
 from qwix._src.static_range import StaticScales
 from qwix._src.weight import WeightTracer
 

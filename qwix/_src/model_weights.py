@@ -13,14 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from qwix_kernels.problem import LowRank, MatmulProblem
+from qwix_kernels.ragged_matmul import GmmProblem
 
-from qwix._src import double_scale, op_plan, op_trace, qconfig, weight_steps, weight_view
+from qwix._src import double_scale, op_plan, op_trace, prepack, qconfig, weight_steps, weight_view
 from qwix._src.adapter import AdapterSpec
 from qwix._src.core import conv_general, dot_general, qarray, ragged_kernel
 from qwix._src.dot_sides import swapped
 from qwix._src.op_plan import OpPlan
 from qwix._src.report_records import OpRecord, device_bytes
+from qwix._src.turned import Turned
 from qwix._src.weight import WeightInfo, WeightTracer
+from qwix._src.with_aux import WithAux
 
 OP_NAMES = {"ragged_dot_general": "ragged_dot"}
 EINSUM_SCOPE = "qwix_einsum"
@@ -36,7 +39,7 @@ class Found:
     how: qarray.HowToQuantize  # in the param's layout
     records: list[tuple[str, str]]  # keys of the records of the ops that eat it
     lifted: tuple[int, ...] = ()  # axes of the param that a scan cuts: each entry needs its own scales
-    packs: bool = True  # it's a matrix to the op that eats it, and may be stored as one
+    op: str = "dot_general"  # the first that eats it, which decides how it may be stored
     cut: tuple[int, ...] = ()  # axes that scans and vmaps cut, or may cut
 
 
@@ -129,8 +132,7 @@ class Discovery:
             lifted = weight_view.lifted(weight.steps)
             stacked = weight.info.mapped or (not lifted and weight_view.is_stacked(weight.steps))
             info = dataclasses.replace(weight.info, rule=plan.rule, mapped=stacked, vmapped=0)
-            packs = plan.op in ("dot_general", "einsum")
-            found = self.found[key] = Found(info, how, [], lifted, packs, _cut(weight, how))
+            found = self.found[key] = Found(info, how, [], lifted, plan.op, _cut(weight, how))
         elif weight_view.runs_of(found.how, shape) != weight_view.runs_of(how, shape):
             return self._conflict(plan, weight, "with scales that don't suit this one"), None
         elif found.how.qtype != how.qtype:
@@ -164,7 +166,7 @@ def make_record(
     if how is not None and not trains and weight is not None and getattr(plan.rule, "double_quantize", False):
         facts["device_bytes_after"] -= _saved(weight, how)
     quantized_act = next((h.qtype for h in plan.act_hows if h is not None), None)
-    return OpRecord(
+    record = OpRecord(
         path=plan.path,
         op=plan.op,
         op_id=plan.op_id,
@@ -181,11 +183,30 @@ def make_record(
         dynamic_because=plan.dynamic_because,
         **facts,
     )
+    return _k_major(record) if weight is not None and isinstance(weight.stored, Turned) else record
+
+
+def note_stored(
+    provider: qconfig.QuantizationProvider, keys: Sequence[tuple[str, str]], weight: WithAux[Any]
+) -> None:
+    """Says in the records of the ops that eat a weight that it's stored K-major, if it is."""
+    for key in keys if prepack.is_k_major(weight.array) else ():
+        provider.records[key] = _k_major(provider.records[key])
+
+
+def _k_major(record: OpRecord) -> OpRecord:
+    problem = record.problem
+    if isinstance(problem, MatmulProblem):
+        problem = dataclasses.replace(problem, rhs_transposed=True)
+    elif isinstance(problem, GmmProblem):
+        product = dataclasses.replace(problem.product, rhs_transposed=True)
+        problem = dataclasses.replace(problem, product=product)
+    return dataclasses.replace(record, problem=problem, k_major=record.is_quantized)
 
 
 def _weight_facts(weight: WeightTracer, how: qarray.HowToQuantize | None) -> dict[str, Any]:
     shape = weight.steps[0].old if weight.steps else tuple(weight.shape)
-    dtype = weight.payload.dtype
+    dtype = weight.stored.dtype
     before = after = device_bytes(jax.ShapeDtypeStruct(shape, dtype))
     if how is not None:
         after = device_bytes(op_plan.quantized_shape(shape, dtype, how))
@@ -217,7 +238,7 @@ def _cut(weight: WeightTracer, how: qarray.HowToQuantize) -> tuple[int, ...]:
 def _saved(weight: WeightTracer, how: qarray.HowToQuantize) -> int:
     """Bytes less where the scales are quantized, too."""
     shape = weight.steps[0].old if weight.steps else tuple(weight.shape)
-    scale = op_plan.quantized_shape(shape, weight.payload.dtype, how).scale
+    scale = op_plan.quantized_shape(shape, weight.stored.dtype, how).scale
     return device_bytes(scale) - double_scale.scale_bytes(scale.shape, scale.dtype, _cut(weight, how))
 
 

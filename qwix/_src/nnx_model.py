@@ -21,10 +21,10 @@ import numpy as np
 from flax import nnx
 from flax.nnx import bridge
 
-from qwix._src import interception, model_class, op_trace, qconfig, qt_nnx, standard_layers
+from qwix._src import interception, model_class, op_trace, prepack, qconfig, qt_nnx, standard_layers
 from qwix._src.core import qarray
 from qwix._src.lora_attribute import INFO
-from qwix._src.model_weights import Discovery, Found, Key
+from qwix._src.model_weights import Discovery, Found, Key, note_stored
 from qwix._src.providers.boxed_param import BoxedParamProvider, create_quantized_param
 from qwix._src.providers.qt import QtProvider
 from qwix._src.report_records import sqnr_db
@@ -272,12 +272,15 @@ def convert(model: nnx.Module, provider: qconfig.QuantizationProvider, found: Ma
 def _quantize(slot: Slot, what: Found, provider: Any) -> WithAux:
     raw = slot.value.get_raw_value()
     kwargs = {"info": what.info, "lifted": what.lifted, "cut": what.cut, "_qarray_module": provider._qarray}
-    kwargs["prepacked"] = provider.prepack and what.packs
+    kwargs["prepacked"] = prepack.of_op(provider.prepack, what.op)
     if isinstance(raw, jax.ShapeDtypeStruct):
-        return jax.eval_shape(
+        abstract = jax.eval_shape(
             lambda x: create_quantized_param(slot.name, slot.value.copy(x), what.how, **kwargs), raw
         )
+        note_stored(provider, what.records, abstract)
+        return abstract
     quantized = create_quantized_param(what.info.full_path, slot.value, what.how, **kwargs)
+    note_stored(provider, what.records, quantized)
     provider.note_quality(what.records, sqnr_db(raw, qarray.dequantize(quantized.unboxed)))
     return quantized
 

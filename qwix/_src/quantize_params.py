@@ -127,7 +127,8 @@ def converted(path: Path, value: Any, template: Any, qarray_module: Any = qarray
     qarray.check_finite(value, f"The weight {_text(path)!r}")
     quantized = qarray_module.quantize(jax.numpy.asarray(value).reshape(shape), template.how)
     if isinstance(packed, TransposedQArray):
-        quantized = with_scale_shape(quantized, packed.scale_shape)
+        stacked = packed.ndim - len(packed.scale_shape)
+        quantized = with_scale_shape(quantized, (*shape[:stacked], *packed.scale_shape))
         stored: Any = TransposedQArray.of(quantized, packed.layout, packed.side)
     else:
         stored = with_scale_shape(quantized, packed.scale.shape)

@@ -46,6 +46,7 @@ class OpRecord:
     trains: bool = False  # quantized for training: the weight itself is stored as float
     bwd_qtype: Any = None  # of incoming gradients, None when they stay float
     dynamic_because: str | None = None  # why the activation has no static scale, though the rule says so
+    k_major: bool = False  # the weight is stored as the matrix units of GPUs read it
     device_bytes_before: int = 0  # of the float weight
     device_bytes_after: int = 0  # of its values, scales and zero points
     sqnr_db: float | None = None  # of the weight; None while it is unknown

@@ -37,7 +37,7 @@ class Row:
     shape: tuple[int, ...] | None  # of the weight, else of the right operand
     rule: str | None  # its index and its module_path
     schema: str  # "weight-only", "dynamic-range", "static-range" or "float"
-    scheme: str | None  # such as "w8a8" or "wnf4a16_g64"
+    scheme: str | None  # such as "w8a8", "wnf4a16_g64" or "w8a16 K-major"
     bytes_before: int
     bytes_after: int
     sqnr_db: float | None
@@ -117,7 +117,8 @@ def _scheme(record: OpRecord) -> str | None:
     weight = _name(record.how.qtype if record.how is not None else record.weight_dtype)
     text = weight if record.act_qtype is None else f"{weight}, activations {_name(record.act_qtype)}"
     text = record.problem.scheme if record.problem is not None else text
-    return text if record.bwd_qtype is None else f"{text}, gradients {_name(record.bwd_qtype)}"
+    text = text if record.bwd_qtype is None else f"{text}, gradients {_name(record.bwd_qtype)}"
+    return f"{text} K-major" if record.k_major else text
 
 
 def _name(qtype: Any) -> str:

@@ -21,6 +21,7 @@ from jax.interpreters import ad, batching, mlir
 from qwix._src import weight_steps
 from qwix._src.adapter import Adapter, CutChange
 from qwix._src.core import qarray
+from qwix._src.turned import Turned, canonical
 from qwix._src.weight_steps import Step
 
 
@@ -50,23 +51,24 @@ class WeightInfo:
 
 class WeightTracer(jcore.Tracer):
     """A weight inside an `OpTrace`. Its payload is a QArray or a float array of the parent trace; what its
-    adapter adds, if it has one, isn't in there.
+    adapter adds, if it has one, isn't in there. `stored` is the payload as it lies: a Turned, if its axes are
+    in another order.
     """
 
-    __slots__ = ("_value", "adapter", "info", "payload", "steps")
+    __slots__ = ("_value", "adapter", "info", "steps", "stored")
     aval: Any
 
     def __init__(
         self,
         trace: Any,
         aval: Any,
-        payload: Any,
+        stored: Any,
         info: WeightInfo,
         steps: tuple[Step, ...] = (),
         adapter: Adapter | CutChange | None = None,
     ):
         super().__init__(trace, aval)
-        self.payload = payload
+        self.stored = stored
         self.adapter = adapter
         self.info = info
         self.steps = steps  # from the stored param to this
@@ -74,12 +76,18 @@ class WeightTracer(jcore.Tracer):
 
     @property
     def is_quantized(self) -> bool:
-        return isinstance(self.payload, qarray.QArray)
+        return isinstance(self.stored, qarray.QArray | Turned)
+
+    @property
+    def payload(self) -> Any:
+        """The QArray or the float array, with the axes of the weight."""
+        with jcore.set_current_trace(self._trace.parent):
+            return canonical(self.stored)
 
     @property
     def content(self) -> tuple[Any, Adapter | CutChange | None]:
         """The arrays: what a scan cuts."""
-        return self.payload, self.adapter
+        return self.stored, self.adapter
 
     def value(self) -> jax.Array:
         """The float array, computed once."""
@@ -89,22 +97,22 @@ class WeightTracer(jcore.Tracer):
         return self._value
 
     def moved_to(self, trace: Any) -> WeightTracer:
-        return WeightTracer(trace, self.aval, self.payload, self.info, self.steps, self.adapter)
+        return WeightTracer(trace, self.aval, self.stored, self.info, self.steps, self.adapter)
 
-    def moved(self, payload: Any, step: Step | None = None, dtype: Any = None) -> WeightTracer:
+    def moved(self, stored: Any, step: Step | None = None, dtype: Any = None) -> WeightTracer:
         """The weight after a step, or with another dtype."""
         shape = self.aval.shape if step is None else step.new
         aval = jcore.ShapedArray(tuple(shape), dtype or self.aval.dtype)
         steps = self.steps + ((step,) if step else ())
-        return WeightTracer(self._trace, aval, payload, self.info, steps, self.adapter)
+        return WeightTracer(self._trace, aval, stored, self.info, steps, self.adapter)
 
     def as_mapped(self, vmapped: int) -> WeightTracer:
         """Known to be several weights, along its first axes."""
         info = dataclasses.replace(self.info, mapped=True, vmapped=vmapped)
-        return WeightTracer(self._trace, self.aval, self.payload, info, self.steps, self.adapter)
+        return WeightTracer(self._trace, self.aval, self.stored, info, self.steps, self.adapter)
 
     def with_adapter(self, adapter: Adapter | CutChange | None) -> WeightTracer:
-        return WeightTracer(self._trace, self.aval, self.payload, self.info, self.steps, adapter)
+        return WeightTracer(self._trace, self.aval, self.stored, self.info, self.steps, adapter)
 
     def scanned(self) -> Any:
         """Ready to be cut along axis 0: itself, or the float array when its scales or its adapter can't be
@@ -112,6 +120,8 @@ class WeightTracer(jcore.Tracer):
         """
         if self.adapter is not None and weight_steps.of_layer(self.steps):
             return self.value()
+        if isinstance(self.stored, Turned) and self.stored.axes[0] != 0:
+            return self.moved(self.payload).scanned()
         leaves = jax.tree.leaves(self.content)
         return self if all(leaf.shape[0] == self.aval.shape[0] for leaf in leaves) else self.value()
 
@@ -121,8 +131,8 @@ class WeightTracer(jcore.Tracer):
         return self.moved(None, Step("index", shape, shape[1:], (0,)))
 
     def with_content(self, content: tuple[Any, Adapter | CutChange | None]) -> WeightTracer:
-        payload, adapter = content
-        return WeightTracer(self._trace, self.aval, payload, self.info, self.steps, adapter)
+        stored, adapter = content
+        return WeightTracer(self._trace, self.aval, stored, self.info, self.steps, adapter)
 
 
 def _adapted(
@@ -143,6 +153,7 @@ def _adapted(
 
 def dense(payload: Any, dtype: Any) -> jax.Array:
     """The float array that a payload stands for."""
+    payload = canonical(payload)
     value = qarray.dequantize(payload) if isinstance(payload, qarray.QArray) else payload
     return value if value.dtype == dtype else value.astype(dtype)
 
@@ -153,7 +164,9 @@ def materialize(x: Any) -> Any:
 
 
 def tag(payload: Any, info: WeightInfo, adapter: Adapter | None = None) -> jax.Array:
-    """Marks a QArray or a float array as the param `info`, and returns what a model's code computes with."""
+    """Marks a QArray, a Turned or a float array as the param `info`, and returns what a model's code computes
+    with.
+    """
     leaves, treedef = jax.tree.flatten((payload, adapter))
     return tag_p.bind(*leaves, treedef=treedef, info=info)
 

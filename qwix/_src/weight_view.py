@@ -19,6 +19,7 @@ from jax import lax
 from qwix._src import weight_steps
 from qwix._src.adapter import Adapter, CutChange
 from qwix._src.core import qarray
+from qwix._src.turned import Turned, canonical
 from qwix._src.weight import WeightTracer
 from qwix._src.weight_steps import Step
 
@@ -167,7 +168,7 @@ def move(trace: Any, primitive: Any, args: Sequence[Any], params: dict[str, Any]
         return None
     if primitive.name == "convert_element_type":
         floats = jnp.issubdtype(params["new_dtype"], jnp.floating)
-        return weight.moved(weight.payload, dtype=params["new_dtype"]) if floats and not rest else None
+        return weight.moved(weight.stored, dtype=params["new_dtype"]) if floats and not rest else None
     if primitive.name in ("copy", "copy_p", "optimization_barrier"):
         return weight if not rest else None
     make = _MOVES.get(primitive.name)
@@ -176,11 +177,11 @@ def move(trace: Any, primitive: Any, args: Sequence[Any], params: dict[str, Any]
         return None
     dynamic = rest if primitive.name == "dynamic_slice" else None
     try:
-        payload = trace.outside(_apply, step, weight.payload, dynamic)
+        stored = trace.outside(_apply, step, weight.stored, dynamic)
         adapter = trace.outside(_cut_adapter, weight, step, dynamic)
     except ValueError:  # the scales, or the magnitudes of the adapter, can't follow this one
         return None
-    return weight.with_adapter(adapter).moved(payload, step)
+    return weight.with_adapter(adapter).moved(stored, step)
 
 
 def _cut_adapter(
@@ -249,14 +250,16 @@ _MOVES = {
 
 
 def _apply(step: Step, payload: Any, dynamic: Sequence[Any] | None) -> Any:
-    """The step on a payload: on a QArray, on its values and its scales."""
+    """The step on a payload: on a QArray, on its values and its scales; on a Turned, on those as they lie."""
     if step.kind == "transpose":
         return payload.transpose(step.args)
     if step.kind == "reshape":
-        return payload.reshape(step.new)
-    if not isinstance(payload, qarray.QArray):
-        return _cut(payload, step, step.args if dynamic is None else dynamic)
-    return jax.tree.map(lambda leaf: _cut(leaf, step, step.args if dynamic is None else dynamic), payload)
+        return canonical(payload).reshape(step.new)
+    starts = step.args if dynamic is None else dynamic
+    if isinstance(payload, Turned):
+        lying = lambda of: tuple(of[axis] for axis in payload.axes)
+        step, starts = dataclasses.replace(step, old=lying(step.old), new=lying(step.new)), lying(starts)
+    return jax.tree.map(lambda leaf: _cut(leaf, step, starts), payload)
 
 
 def _cut(leaf: jax.Array, step: Step, starts: Sequence[Any]) -> jax.Array:

@@ -15,6 +15,7 @@ from flax import nnx
 from qwix._src import prepack, qconfig
 from qwix._src.array_like import ArrayLike
 from qwix._src.core import qarray
+from qwix._src.turned import Turned
 from qwix._src.utils import flax_util
 from qwix._src.weight import WeightInfo, tag
 
@@ -49,6 +50,11 @@ class WithAux[T](ArrayLike):
         return prepack.unpack(flax_util.unbox(self.array))
 
     @property
+    def payload(self) -> Any:
+        """`unboxed` as the ops of a quantized model get it: a weight that is stored K-major as it lies."""
+        return prepack.payload(flax_util.unbox(self.array))
+
+    @property
     def value(self) -> Any:
         """`unboxed`; inside a call of a quantized model, what stands for the float weight."""
         return self.__jax_array__() if qconfig.current_run() else self.unboxed
@@ -63,8 +69,9 @@ class WithAux[T](ArrayLike):
         return flax_util.unbox(self.array).dtype
 
     def __jax_array__(self) -> jax.Array:
-        payload = self.unboxed
-        return tag(payload, self.info or _ANONYMOUS) if isinstance(payload, qarray.QArray) else payload
+        payload = self.payload
+        is_weight = isinstance(payload, qarray.QArray | Turned)
+        return tag(payload, self.info or _ANONYMOUS) if is_weight else payload
 
 
 nnx.register_data_type(WithAux)

@@ -13,6 +13,7 @@ import qwix
 from qwix._src.core import dot_general as dot_lib
 from qwix._src.core import dot_plan, mxfp_dot
 from qwix._src.core.calibration import HowToQuantize
+from qwix._src.core.transposed_qarray import make_layout
 
 DENSE = (((1,), (0,)), ((), ()))
 PAIRS = [
@@ -167,7 +168,7 @@ def test_dynamic_rows_are_as_good_as_their_grid(qtype, tile, normal, check_einsu
         dimension_numbers=DENSE, ndims=(2, 2), for_lhs=True, tile_size=tile, qtype=qtype
     )
     fused = qwix.dot_general(x, w, DENSE, act_how=how)
-    assert dot_plan.row_quantize(how, dot_lib.make_layout(x.shape, DENSE, "lhs")).tile_k == (tile or 0)
+    assert dot_plan.row_quantize(how, make_layout(x.shape, DENSE, "lhs")).tile_k == (tile or 0)
     a = _quantize(x, qtype, 1, tile)
     scale = np.repeat(np.asarray(a.scale, np.float64), tile or 64, axis=1)
     half = scale / 2 if qtype != "float8_e4m3fn" else np.maximum(np.abs(x) / 16, scale * 2.0**-10)
@@ -183,7 +184,7 @@ def test_dynamic_quantization_that_no_kernel_knows_is_done_before(normal, check_
         HowToQuantize(qtype="int8"),
         HowToQuantize(qtype="nf4", channelwise_axes=(0,), tiled_axes={1: 32}),
     ):
-        assert dot_plan.row_quantize(how, dot_lib.make_layout(x.shape, DENSE, "lhs")) is None
+        assert dot_plan.row_quantize(how, make_layout(x.shape, DENSE, "lhs")) is None
         check_einsum(
             qwix.dot_general(x, w, DENSE, act_how=how), "mk,kn->mn", dot_lib.qarray.quantize(x, how), w
         )

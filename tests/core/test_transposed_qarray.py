@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import qwix
 from qwix._src.core import transposed_qarray
+from qwix._src.core.dot_general import matmul_problem
 
 
 def _same(a, b) -> bool:
@@ -39,10 +40,12 @@ def operands(draw):
 
 
 @settings(max_examples=80)
-@given(operands())
-def test_to_qarray_is_the_original_bit_for_bit(case):
+@given(operands(), st.data())
+def test_to_qarray_is_the_original_bit_for_bit(case, data):
     q, numbers, side = case
-    packed = qwix.transpose_qarray(q, numbers, side)
+    k_last = data.draw(st.sampled_from([None, False, True])) if side == "rhs" else None
+    packed = qwix.transpose_qarray(q, numbers, side, k_last=k_last)
+    assert k_last in (None, packed.layout.k_last)
     assert packed.qvalue.ndim == packed.scale.ndim == 3
     assert all(n % s == 0 for n, s in zip(packed.qvalue.shape, packed.scale.shape, strict=True))
     assert _same(packed.to_qarray(), q)
@@ -92,6 +95,32 @@ def test_an_operand_that_is_laid_out_already_gives_the_same_numbers(normal):
     np.testing.assert_array_equal(packed.dequantize(), q.dequantize())
 
 
+@pytest.mark.parametrize("qtype", ["int8", "int4"])
+def test_k_is_last_or_not_as_asked_and_the_numbers_stay(qtype, normal):
+    x, w = normal(1, 3, 8).astype(jnp.bfloat16), normal(2, 8, 6)
+    numbers = (((1,), (0,)), ((), ()))
+    q = qwix.quantize(w, qtype, channelwise_axes=(1,), calibration_method="minmax")
+    turned = qwix.transpose_qarray(q, numbers, "rhs", k_last=True)
+    assert turned.qvalue.shape == (1, 6, 8) and turned.scale.shape == turned.zero_point.shape == (1, 6, 1)
+    how = qwix.HowToQuantize(qtype="int8", channelwise_axes=(0,))
+    dot = lambda w: jax.jit(lambda x, w: qwix.dot_general(x, w, numbers, act_how=how))
+    np.testing.assert_array_equal(dot(turned)(x, turned), dot(q)(x, q))  # sums of integers
+    program = str(jax.make_jaxpr(dot(turned))(x, turned))
+    assert "rhs_transposed=True" in program and " transpose[" not in program
+    assert matmul_problem(x, turned, numbers, act_qtype="int8").rhs_transposed
+
+
+def test_a_stack_is_undone_and_laid_out_as_one(normal):
+    q = qwix.quantize(normal(5, 3, 8, 4), "int4", channelwise_axes=(0, 2), tiled_axes={1: 2})
+    numbers = (((0,), (0,)), ((), ()))
+    pack = lambda q: qwix.transpose_qarray(q, numbers, "rhs", k_last=True)
+    packed = jax.vmap(pack)(q)
+    assert packed.shape == (3, 8, 4) and packed.ndim == 3 and packed.qvalue.shape == (3, 1, 4, 8)
+    assert _same(packed.to_qarray(), q)
+    assert _same(transposed_qarray.TransposedQArray.of(q, packed.layout, "rhs"), packed)
+    assert _same(packed.in_order(), q.transpose(0, 2, 1))
+
+
 def test_stacked_layers_are_laid_out_by_vmap_and_scanned(normal):
     x, w = normal(4, 8), normal(5, 3, 8, 8)
     q = qwix.quantize(w, "int8", channelwise_axes=(0, 2))
@@ -114,6 +143,8 @@ def test_bad_sides_and_axes_are_refused():
     q = qwix.quantize(jnp.ones((4, 8)), "int8")
     with pytest.raises(ValueError, match="'lhs' or 'rhs'"):
         qwix.transpose_qarray(q, (((1,), (0,)), ((), ())), "left")
+    with pytest.raises(ValueError, match="K is the last axis of every lhs"):
+        qwix.transpose_qarray(q, (((1,), (0,)), ((), ())), "lhs", k_last=False)
     with pytest.raises(ValueError, match="out of range"):
         qwix.transpose_qarray(q, (((1,), (2,)), ((), ())), "rhs")
 

@@ -28,7 +28,7 @@ from qwix._src.core.transposed_qarray import (
     Layout,
     Side,
     TransposedQArray,
-    make_layout,
+    layout_of,
 )
 
 __all__ = ["dot", "dot_general", "get_how_to_quantize", "loop_dot_general", "matmul_problem"]
@@ -199,7 +199,7 @@ def _check(x: Any, name: str) -> Any:
 def _repack(x: Any, numbers: DotDimensionNumbers, side: Side) -> Any:
     if not isinstance(x, TransposedQArray):
         return x
-    return x if x.side == side and x.layout == make_layout(x.shape, numbers, side) else x.to_qarray()
+    return x if x.side == side and x.layout == layout_of(x, numbers, side) else x.to_qarray()
 
 
 def _kernel(
@@ -237,7 +237,7 @@ def _is_integer(x: Tensor) -> bool:
 
 def _tensor(x: Operand, arrangement: Layout, side: Side) -> Tensor:
     if isinstance(x, TransposedQArray):
-        return x.tensor()
+        return x.tensor() if x.layout == arrangement else _tensor(x.to_qarray(), arrangement, side)
     if isinstance(x, QArray):
         return TransposedQArray.of(x, arrangement, side).tensor()
     return Tensor(arrangement.merge(x.astype(jnp.int8) if x.dtype == jnp.bool_ else x))

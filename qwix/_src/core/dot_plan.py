@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from qwix_kernels.problem import RowQuantize
 
 from qwix._src.core import calibration, layout, mxfp_dot, numerics, qarray
-from qwix._src.core.transposed_qarray import DotDimensionNumbers, Layout, TransposedQArray, make_layout
+from qwix._src.core.transposed_qarray import DotDimensionNumbers, Layout, TransposedQArray, layout_of
 
 Operand = jax.Array | jax.ShapeDtypeStruct | qarray.QArray | TransposedQArray
 
@@ -88,7 +88,7 @@ def make_plan(
     act_how: calibration.HowToQuantize | None = None,
 ) -> Plan:
     """Decides how to compute a dot. `numbers` must be canonical; `act_how` quantizes a float lhs."""
-    left, right = make_layout(lhs.shape, numbers, "lhs"), make_layout(rhs.shape, numbers, "rhs")
+    left, right = layout_of(lhs, numbers, "lhs"), layout_of(rhs, numbers, "rhs")
     _, result = qarray.get_accumulator_and_result_type(
         *(_typed(x) for x in (lhs, rhs)), preferred_element_type=preferred_element_type
     )

@@ -9,6 +9,7 @@ Invariants:
   are grouped is never transposed. Both sides agree because the rule reads the dimension numbers alone.
 - On the right K comes last exactly if the last axis (of those longer than 1) is contracting: what lies next
   to each other in memory stays so. Where the groups are already in order, the conversion is a reshape.
+- `k_last` may be said otherwise, of a weight that is stored K-major for the kernels of a GPU.
 - A scale merges like its values. Where that would leave runs of unequal neighbours (a tile on an outer axis
   and another scale on an inner one), the outer axis gets one entry per value; strides undo it.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.nnx
@@ -61,6 +62,11 @@ class Layout:
         """All axes in the order of the merged array."""
         return tuple(axis for group in self.groups for axis in group)
 
+    @property
+    def moves(self) -> bool:
+        """Whether merging moves axes past each other."""
+        return list(self.order) != sorted(self.order)
+
     def merge(self, x: jax.Array) -> jax.Array:
         """[batch, free, K] or [batch, K, free] of an array with the original axes, or of its scale."""
         if x.shape != self.shape:
@@ -70,10 +76,14 @@ class Layout:
 
     def split(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Undoes `merge` for an array that had `shape`."""
+        back = [self.order.index(a) for a in range(len(shape))]
+        return layout.transpose_array(self.in_order(x, shape), back)
+
+    def in_order(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """What `split` gives, with the axes as they lie in `x`, those of `order`: nothing is moved."""
         full = shape if shape == self.shape else self.mergeable(shape)
         x = x.reshape([full[a] for a in self.order])
-        x = layout.transpose_array(x, [self.order.index(a) for a in range(len(full))])
-        return x[tuple(slice(None, None, f // s if s else None) for f, s in zip(full, shape, strict=True))]
+        return x[tuple(slice(None, None, full[a] // shape[a] if shape[a] else None) for a in self.order)]
 
     def mergeable(self, scale_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The smallest shape a scale must be given so that every group covers runs once it is merged."""
@@ -85,8 +95,15 @@ class Layout:
         return tuple(result)
 
 
-def make_layout(shape: tuple[int, ...], dimension_numbers: DotDimensionNumbers, side: Side) -> Layout:
+def make_layout(
+    shape: tuple[int, ...],
+    dimension_numbers: DotDimensionNumbers,
+    side: Side,
+    k_last: bool | None = None,
+) -> Layout:
     """The layout of one operand of `lax.dot_general`. Axes must count from the front.
+
+    `k_last`, of an rhs: None leaves it to the rule above.
 
     >>> make_layout((8, 2, 4), (((2, 1), (1, 0)), ((), ())), "lhs").contracting
     (1, 2)
@@ -97,7 +114,8 @@ def make_layout(shape: tuple[int, ...], dimension_numbers: DotDimensionNumbers, 
     batch = tuple(rhs_batch if side == "rhs" else lhs_batch)
     free = tuple(a for a in range(len(shape)) if a not in contracting + batch)
     long_axes = [a for a, d in enumerate(shape) if d != 1]
-    k_last = side == "lhs" or not free or bool(long_axes and long_axes[-1] in contracting)
+    if k_last is None:
+        k_last = side == "lhs" or not free or bool(long_axes and long_axes[-1] in contracting)
     return Layout(tuple(shape), batch, free, contracting, k_last)
 
 
@@ -105,14 +123,15 @@ def make_layout(shape: tuple[int, ...], dimension_numbers: DotDimensionNumbers, 
 class TransposedQArray:
     """A QArray laid out for one operand of one dot. Make it with `transpose_qarray`.
 
-    A pytree whose leaves have three axes; everything needed to undo it is static.
+    A pytree whose leaves have three axes; everything needed to undo it is static and says nothing of axes
+    before those. So several of one layout may be stacked along axes in front, as layers are, and be cut.
 
     Attributes:
       qvalue: [batch, free, K] or [batch, K, free].
       scale: the same axes; its sizes divide qvalue's.
       zero_point: None, or of scale's shape and qvalue's dtype.
-      layout: what was merged.
-      scale_shape: the scale's original shape.
+      layout: what was merged, of one of a stack.
+      scale_shape: the scale's original shape, of one of a stack.
       side: the operand that this is: "lhs" or "rhs".
       qtype: as in QArray.
 
@@ -137,11 +156,11 @@ class TransposedQArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """The original values' shape."""
-        return self.layout.shape
+        return (*self.qvalue.shape[:-3], *self.layout.shape)
 
     @property
     def ndim(self) -> int:
-        return len(self.layout.shape)
+        return len(self.shape)
 
     @property
     def dtype(self) -> np.dtype:
@@ -155,26 +174,42 @@ class TransposedQArray:
 
     @classmethod
     def of(cls, array: qarray.QArray, arrangement: Layout, side: Side) -> TransposedQArray:
-        """Lays out a QArray that is known to be valid."""
-        return cls(
-            qvalue=arrangement.merge(array.qvalue),
-            scale=arrangement.merge(array.scale),
-            zero_point=None if array.zero_point is None else arrangement.merge(array.zero_point),
-            layout=arrangement,
-            scale_shape=tuple(array.scale.shape),
-            side=side,
-            qtype=array.qtype,
-        )
+        """Lays out a QArray that is known to be valid.
+
+        Axes that it has more than the layout are those of a stack, whose scales must not be shared.
+        """
+
+        def one(array: qarray.QArray) -> TransposedQArray:
+            return cls(
+                qvalue=arrangement.merge(array.qvalue),
+                scale=arrangement.merge(array.scale),
+                zero_point=None if array.zero_point is None else arrangement.merge(array.zero_point),
+                layout=arrangement,
+                scale_shape=tuple(array.scale.shape),
+                side=side,
+                qtype=array.qtype,
+            )
+
+        return _mapped(one, array.ndim - len(arrangement.shape))(array)
 
     def to_qarray(self) -> qarray.QArray:
         """The QArray that this was made from, bit for bit."""
-        zero_point = None if self.zero_point is None else self.layout.split(self.zero_point, self.scale_shape)
-        return qarray.QArray(
-            qvalue=self.layout.split(self.qvalue, self.shape),
-            scale=self.layout.split(self.scale, self.scale_shape),
-            zero_point=zero_point,
-            qtype=self.qtype,
-        )
+        return self._undone(lambda x, shape: self.layout.split(x, shape))
+
+    def in_order(self) -> qarray.QArray:
+        """The same without moving anything: its axes are those of `layout.order`, after those of a stack."""
+        return self._undone(lambda x, shape: self.layout.in_order(x, shape))
+
+    def _undone(self, split: Callable[[jax.Array, tuple[int, ...]], jax.Array]) -> qarray.QArray:
+        def one(x: TransposedQArray) -> qarray.QArray:
+            return qarray.QArray(
+                qvalue=split(x.qvalue, self.layout.shape),
+                scale=split(x.scale, self.scale_shape),
+                zero_point=None if x.zero_point is None else split(x.zero_point, self.scale_shape),
+                qtype=self.qtype,
+            )
+
+        return _mapped(one, self.qvalue.ndim - 3)(self)
 
     def dequantize(self) -> jax.Array:
         """The represented values in their original shape."""
@@ -193,8 +228,19 @@ class TransposedQArray:
 flax.nnx.register_data_type(TransposedQArray)
 
 
+def _mapped(one: Callable[[Any], Any], stacked: int) -> Callable[[Any], Any]:
+    """`one`, of a stack with so many axes in front."""
+    for _ in range(stacked):
+        one = jax.vmap(one)
+    return one
+
+
 def transpose_qarray(
-    array: qarray.QArray, dimension_numbers: DotDimensionNumbers, side: Side
+    array: qarray.QArray,
+    dimension_numbers: DotDimensionNumbers,
+    side: Side,
+    *,
+    k_last: bool | None = None,
 ) -> TransposedQArray:
     """Lays a QArray out for one side of a dot. A reshape alone where the axes are already grouped in order.
 
@@ -202,15 +248,38 @@ def transpose_qarray(
       array: any tiling, any number of tiled axes, with or without zero points.
       dimension_numbers: ((lhs contracting, rhs contracting), (lhs batch, rhs batch)), as for lax.dot_general.
       side: which operand of that dot it is.
+      k_last: of an rhs, whether K is the last axis. By default as the values lie in memory; True is what
+        the matrix units of GPUs read, False what those of TPUs do.
 
     Raises:
       ValueError: fields of the QArray that disagree, or axes that it doesn't have.
+
+    >>> import jax.numpy as jnp
+    >>> import qwix
+    >>> w, dense = qwix.quantize(jnp.ones((8, 4)), "int8", channelwise_axes=(1,)), (((1,), (0,)), ((), ()))
+    >>> turned = transpose_qarray(w, dense, "rhs", k_last=True)
+    >>> turned, qwix.dot_general(jnp.ones((2, 8)), turned, dense).shape
+    (TransposedQArray(int8[1,4,8], scale=float32[1,4,1], rhs of (8, 4)), (2, 4))
     """
     if side not in ("lhs", "rhs"):
         raise ValueError(f"side is {side!r}; it must be 'lhs' or 'rhs'.")
+    if side == "lhs" and k_last is False:
+        raise ValueError("k_last is False; K is the last axis of every lhs. Leave k_last out.")
     qarray.validate_qarray(array)
     numbers = _canonical_side(dimension_numbers, array.ndim, side)
-    return TransposedQArray.of(array, make_layout(array.shape, numbers, side), side)
+    return TransposedQArray.of(array, make_layout(array.shape, numbers, side, k_last), side)
+
+
+def layout_of(x: Any, numbers: DotDimensionNumbers, side: Side) -> Layout:
+    """The layout of an operand of a dot: its own, if it's a TransposedQArray made for such a one.
+
+    Whether K comes last is then as it was stored.
+    """
+    arrangement = make_layout(tuple(x.shape), numbers, side)
+    if isinstance(x, TransposedQArray) and x.side == side == "rhs":
+        turned = dataclasses.replace(arrangement, k_last=not arrangement.k_last)
+        return turned if x.layout == turned else arrangement
+    return arrangement
 
 
 def _canonical_side(dimension_numbers: DotDimensionNumbers, ndim: int, side: Side) -> DotDimensionNumbers:

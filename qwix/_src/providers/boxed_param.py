@@ -18,12 +18,13 @@ import jax
 from flax import nnx
 from qwix_kernels import tuning
 
-from qwix._src import double_scale, op_plan, op_trace, prepack, qconfig, ragged_rows, weight_view
+from qwix._src import double_scale, op_plan, op_trace, prepack, qconfig, ragged_rows, turned, weight_view
 from qwix._src.adapter import Adapter
 from qwix._src.core import conv_general, dot_general, qarray, ragged_dot
-from qwix._src.dot_sides import result_dtype, swap_back, swapped, swapped_precision
+from qwix._src.dot_sides import Arranged, result_dtype, swap_back, swapped, swapped_precision
 from qwix._src.model_weights import Discovery, make_record, named_einsum, note_opaque, op_name
 from qwix._src.op_plan import OpPlan
+from qwix._src.prepack import Prepack, checked
 from qwix._src.quantize_params import with_scale_shape
 from qwix._src.static_range import StaticScales, calibrated_act
 from qwix._src.utils import flax_util
@@ -42,8 +43,13 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
     Args:
       rules: in order; the first that matches an op's module path and name decides about it.
       disable_jit: run the model under `jax.disable_jit()`.
-      prepack: store weights of more than two axes as kernels read them, which saves a copy in every call;
-        `WithAux.array` is then a `TransposedQArray`, `WithAux.unboxed` the QArray all the same.
+      prepack: True: store weights of more than two axes as kernels read them, which saves a copy in every
+        call. "k_major": store those of all dots, einsums and ragged dots with the summed axes last, which is
+        how the matrix units of NVIDIA GPUs read int8, fp8 and 4-bit weights. `WithAux.array` is then a
+        `TransposedQArray`, `WithAux.unboxed` the QArray all the same.
+
+    Raises:
+      ValueError: another `prepack`.
     """
 
     def __init__(
@@ -51,13 +57,13 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         rules: Sequence[qconfig.QuantizationRule] | qconfig.QuantizationRule,
         *,
         disable_jit: bool = False,
-        prepack: bool = False,
+        prepack: Prepack = False,
         _qarray_module: types.ModuleType = qarray,
         _dot_general_fn: Callable[..., jax.Array] = dot_general.dot_general,
         _conv_general_dilated_fn: Callable[..., jax.Array] = conv_general.conv_general_dilated,
     ):
         super().__init__(rules, disable_jit=disable_jit)
-        self.prepack = prepack
+        self.prepack = checked(prepack)
         self._qarray = _qarray_module
         self._dot_general_fn = _dot_general_fn
         self._conv_general_dilated_fn = _conv_general_dilated_fn
@@ -117,18 +123,6 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
         """What the class of an NNX module has besides its methods."""
         del module
         return {}
-
-
-@dataclasses.dataclass(frozen=True)
-class Arranged:
-    """A dot as core computes it."""
-
-    operands: list[Any]
-    options: dict[str, Any]
-    back: tuple[int, ...] | None  # the transpose of its result, where the sides were exchanged
-
-    def turned_back(self, out: jax.Array) -> jax.Array:
-        return out if self.back is None else out.transpose(self.back)
 
 
 class Executor:
@@ -225,10 +219,10 @@ class Executor:
         params: dict[str, Any],
         layer: Sequence[Any],
     ) -> tuple[list[Any], qarray.HowToQuantize | None]:
-        """Both sides as the op gets them, and how the kernel must quantize the activation, if it's left to
-        it.
+        """Both sides as the op gets them (a weight as it lies), and how the kernel must quantize the
+        activation, if it's left to it.
         """
-        operands: list[Any] = [a.payload if isinstance(a, WeightTracer) else a for a in args[:2]]
+        operands: list[Any] = [a.stored if isinstance(a, WeightTracer) else a for a in args[:2]]
         act_how = None
         for side, how in enumerate(plan.act_hows):
             if how is None:
@@ -268,6 +262,9 @@ class Executor:
             operands, dnums = operands[::-1], swapped(dnums)
         elif plan.weight_side == 0 and act_how is not None:
             operands[1], act_how = self.provider._qarray.quantize(operands[1], act_how), None
+        if isinstance(operands[1], turned.Turned) and sharding is None:
+            operands[1], dnums = turned.dot_rhs(operands[1], dnums)
+        operands = [*map(turned.canonical, operands)]
         options = {
             "dimension_numbers": dnums,
             "precision": swapped_precision(params["precision"]) if back else params["precision"],
@@ -287,7 +284,7 @@ class Executor:
         options = params | {"preferred_element_type": result_dtype(args, params)}
         if act_how is not None:
             options["act_how"] = act_how
-        conv = self.provider._conv_general_dilated_fn
+        operands, conv = [*map(turned.canonical, operands)], self.provider._conv_general_dilated_fn
         if params["out_sharding"] is not None or conv is not conv_general.conv_general_dilated:
             return conv(*operands, **options)
         return once(conv, dict(zip(_SIDES, operands, strict=True)), options)
@@ -297,9 +294,13 @@ class Executor:
     ) -> jax.Array:
         """A ragged dot in the parent trace."""
         operands, act_how = self._operands(plan, args, params, layer)
+        numbers = params["ragged_dot_dimension_numbers"]
+        if isinstance(operands[1], turned.Turned):
+            operands[1], numbers = turned.ragged_rhs(operands[1], numbers)
+        operands = [*map(turned.canonical, operands)]
         groups = {"group_sizes": args[2], "group_offset": params["group_offset"]}
         options = {
-            "dimension_numbers": params["ragged_dot_dimension_numbers"],
+            "dimension_numbers": numbers,
             "precision": params["precision"],
             "preferred_element_type": result_dtype(args, params),
             "act_how": act_how,
@@ -342,7 +343,7 @@ def create_quantized_param(
     info: Any = None,
     lifted: Sequence[int] = (),
     cut: Sequence[int] = (),
-    prepacked: bool = False,
+    prepacked: Prepack = False,
     _qarray_module: Any = qarray,
 ) -> WithAux[Any]:
     """A param, quantized.
@@ -355,8 +356,7 @@ def create_quantized_param(
       lifted: axes along which every index must have scales of its own, even where the method shares them.
       cut: axes along which it can be cut when it's stored: scales that are quantized, too, are so for each
         index by itself.
-      prepacked: store it as kernels read it (see prepack.py); not where it's several weights, nor where its
-        axes have partition names.
+      prepacked: store it as kernels read it (see prepack.py); not where its axes have partition names.
 
     Returns:
       A WithAux whose QArray's fields are in boxes like that of `value`, with its partition names.
@@ -373,8 +373,8 @@ def create_quantized_param(
         scale_shape = [raw.shape[a] if a in lifted else n for a, n in enumerate(quantized.scale.shape)]
         quantized = with_scale_shape(quantized, scale_shape)
     several = bool(lifted) or (info is not None and info.mapped)
-    if prepacked and not several and not prepack.is_partitioned(value):
-        quantized = prepack.prepack(quantized, how)
+    if not prepack.is_partitioned(value):
+        quantized = prepack.prepack(quantized, how, prepacked, cut if several else None)
     if info is not None and getattr(info.rule, "double_quantize", False):
         quantized = double_scale.double(quantized, cut)
     return WithAux(double_scale.boxed(quantized, value), how, info)

@@ -20,6 +20,7 @@ from qwix._src.lora_rows import Selected
 from qwix._src.lora_rule import LoraRule
 from qwix._src.model_weights import Discovery, Key
 from qwix._src.op_plan import OpPlan
+from qwix._src.prepack import Prepack
 from qwix._src.providers.boxed_param import BoxedParamProvider
 from qwix._src.static_range import StaticScales
 from qwix._src.weight import WeightInfo, WeightTracer
@@ -55,7 +56,7 @@ class LoraProvider(BoxedParamProvider):
         rules: Sequence[qconfig.QuantizationRule] | qconfig.QuantizationRule | None = None,
         *,
         disable_jit: bool = False,
-        prepack: bool = False,
+        prepack: Prepack = False,
         **rule_kwargs: Any,
     ):
         if rules is not None and rule_kwargs:
