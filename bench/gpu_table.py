@@ -38,7 +38,7 @@ def show(rows: Sequence[Row]) -> None:
         table.add_column(column, justify="left" if column in _WORDS else "right", no_wrap=True)
     for row in rows:
         table.add_row(*line(row))
-    console = Console(width=max(230, Console().width))
+    console = Console(width=max(260, Console().width))
     console.print(table)
     for row in rows:
         console.print(f"{row.cell}: {row.error or row.note}", markup=False, highlight=False)

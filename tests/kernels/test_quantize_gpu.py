@@ -10,6 +10,8 @@ from qwix_kernels.matmul import elementwise
 from qwix_kernels.problem import RowQuantize
 from qwix_kernels.quantize import gpu, xla
 
+from bench import gpu_compile
+
 RACES = plgpu.InterpretGPUParams(detect_races=True)
 H100 = chips.chip("h100")
 BOUND = {"int8": 127.5, "int4": 7.5, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
@@ -96,6 +98,24 @@ def test_dispatch(chip):
 def test_refused(shape, dtype, how, reason):
     with pytest.raises(NotImplementedError, match=reason):
         gpu.check_rows(shape, dtype, how)
+
+
+def whole(columns, tile):
+    """(function, shapes) of 256 rows to int8, for the compiler."""
+    x = jax.ShapeDtypeStruct((1, 256, columns), jnp.bfloat16)
+    how = RowQuantize("int8", 127.5, tile)
+    return lambda x: jax.tree.leaves(gpu.rows(x, how)), [x]
+
+
+@pytest.mark.parametrize(
+    "columns, tile",
+    [(14336, 0), (4096, 128), pytest.param(28672, 0, marks=pytest.mark.large)],
+)
+def test_registers(columns, tile):
+    """Rows of 28672 are the longest that fit the registers of a warpgroup, and do so without spills."""
+    (kernel,) = gpu_compile.compiled("h100", f"{__name__}:whole", columns=columns, tile=tile).kernels
+    assert kernel.spill_bytes == kernel.local == 0 and kernel.threads == 128
+    assert kernel.highest_register < kernel.register_budget and kernel.registers <= 255
 
 
 def test_config_that_does_not_fit():
