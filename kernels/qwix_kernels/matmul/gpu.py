@@ -53,8 +53,13 @@ def product(p: MatmulProblem) -> MatmulProblem:
 
 
 def _of(chip: Chip) -> Any:
-    """The module of the chip's kernel."""
-    return {"h100": gpu_sm90, "b200": gpu_sm100}[chip.name]
+    """The module of the chip's kernel. Raises NotImplementedError for a GPU that has none."""
+    modules = {"h100": gpu_sm90, "b200": gpu_sm100}
+    if chip.name not in modules:
+        raise NotImplementedError(
+            f"{chip.name} has no kernel; {' and '.join(modules)} (compute capability 9.0 and 10.0) have one"
+        )
+    return modules[chip.name]
 
 
 def check(problem: MatmulProblem, chip: Chip) -> None:
