@@ -8,13 +8,11 @@ which is undone in the result where they lie along N, and done to lhs, too, wher
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from qwix_kernels.matmul.xla import Side
+from qwix_kernels.matmul.xla_side import Side
 
 
 def in_halves(dtype: jnp.dtype, n: int, tile: int) -> bool:
