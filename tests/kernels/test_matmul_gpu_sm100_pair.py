@@ -8,14 +8,16 @@ read both. They are added to it here, by the documentation of `copy_gmem_to_smem
 import dataclasses
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwix_kernels import chips
-from qwix_kernels.matmul import gpu_sm100, reference
+from qwix_kernels.matmul import gpu_sm100, gpu_sm100_scaled, reference
 from qwix_kernels.matmul.describe import problem_of
 from qwix_kernels.matmul.gpu_sm100 import Config
+from qwix_kernels.problem import Tensor
 
 from bench import gpu_compile
 from tests.kernels.test_matmul_gpu_sm100 import tensor
@@ -28,9 +30,9 @@ def of_block(key, block):
 
 
 class HalfCopy(gpu_callbacks.AsyncCopyGmemToSmemTask):
-    """A copy of which each block of the pair gets its half, and the first block's barrier learns of both."""
+    """A copy of which each block of the pair gets half, or all; the first one's barrier learns of both."""
 
-    halves: dict = {}  # noqa: RUF012  by barrier: clocks of halves whose other one has not arrived
+    halves: dict = {}  # noqa: RUF012  by barrier: the clock of what one block has got, and the other has not
 
     def __call__(self, tma_thread_id):
         memory = gpu_callbacks._get_shared_memory()
@@ -40,7 +42,8 @@ class HalfCopy(gpu_callbacks.AsyncCopyGmemToSmemTask):
         )
         if value is None or value.shape != self.src_access.shape:
             value = gpu_callbacks._pad_to_requested(value, self.src_access.shape, dtype, 0)
-        value = np.split(value, 2)[self.thread.block_id]
+        if value.shape != self.dst_access.shape:
+            value = np.split(value, 2)[self.thread.block_id]
         self.post_read(tma_thread_id, memory)
         memory.store_buffer_content(
             self.dst_allocation_key, self.dst_access, value, self.thread, logging_info=self.logging_info
@@ -119,9 +122,26 @@ def pairs(monkeypatch):
 def test_interpreted(pairs, dtype, shape):
     rng = np.random.default_rng(0)
     (m, k, n), scaled = shape, 0 if dtype == "int8" else None
-    lhs, rhs = tensor(rng, (1, m, k), dtype, scaled), tensor(rng, (1, n, k), dtype, scaled)
+    check(tensor(rng, (1, m, k), dtype, scaled), tensor(rng, (1, n, k), dtype, scaled), 64)
+
+
+def test_block_scaled_interpreted(pairs, monkeypatch):
+    """Of scales, that they arrive before the product that takes them, which here does without: they are 1."""
+
+    def multiply(r, acc, slot, accumulate, interpret, **both):
+        x = r.x_s.at[slot].transpose((1, 0))
+        plgpu.tcgen05_mma(acc, r.w_s.at[slot], x, r.empty.at[slot], accumulate=accumulate, **both)
+
+    monkeypatch.setattr(gpu_sm100_scaled, "multiply", multiply)
+    rng = np.random.default_rng(1)
+    lhs, rhs = (tensor(rng, (1, n, 384), "float8_e4m3fn", 32, 1, "float8_e8m0fnu") for n in (70, 300))
+    ones = lambda x: Tensor(x.values, jnp.ones_like(x.scale))
+    check(ones(lhs), ones(rhs), 128)
+
+
+def check(lhs, rhs, block_k):
     problem = problem_of(lhs, rhs, rhs_transposed=True, out_dtype="float32")
-    config, races = Config(32, 64, 3, pair=True), plgpu.InterpretGPUParams(detect_races=True)
+    config, races = Config(32, block_k, 3, pair=True), plgpu.InterpretGPUParams(detect_races=True)
     got = gpu_sm100.run(problem, lhs, rhs, config=config, chip=FOUR, interpret=races)
     over = np.abs(np.asarray(got) - reference.run(problem, lhs, rhs)) - reference.error_bound(
         problem, lhs, rhs

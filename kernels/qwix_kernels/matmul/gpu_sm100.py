@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from qwix_kernels.chips import Chip
 from qwix_kernels.matmul import gpu_sm100_kernel, gpu_sm100_scaled
 from qwix_kernels.matmul.gpu_sm100_estimate import estimate, heuristic_config
-from qwix_kernels.matmul.gpu_sm100_plan import LANES, Config, Plan, check, plan
+from qwix_kernels.matmul.gpu_sm100_plan import Config, Plan, check, plan
 from qwix_kernels.problem import MatmulProblem, Tensor
 
 __all__ = ["Config", "check", "estimate", "heuristic_config", "run"]
@@ -43,7 +43,7 @@ def run(
     operands = {"x": lhs.values.astype(a.x_dtype), "w": rhs.values}
     if a.block_scale:
         operands["x_block_scale"] = gpu_sm100_scaled.arranged(_by_row(lhs), a.block_m)
-        operands["w_block_scale"] = gpu_sm100_scaled.arranged(_by_row(rhs), LANES)
+        operands["w_block_scale"] = gpu_sm100_scaled.arranged(_by_row(rhs), a.columns)
     if a.x_scaled:
         operands["x_scale"] = _padded(_by_row(lhs).astype(jnp.float32), a.block_m, a.x_tile_k)
     if a.w_scaled:

@@ -138,7 +138,8 @@ def _block_scales(plan: Plan, interpret: bool) -> dict[str, Any]:
             scratch[f"{name}_wide_s"] = plgpu.SMEM(wide, jnp.float32)
         else:
             shape = (tiles * gpu_sm100_scaled.ROWS, plan.scale_words * gpu_sm100_scaled.ALONG)
-            scratch[f"{name}_scale_t"] = plgpu.TMEM(shape, dtype, layout=plgpu.TMEMLayout.SCALES_LAYOUT())
+            layout = plgpu.TMEMLayout.SCALES_LAYOUT()
+            scratch[f"{name}_scale_t"] = plgpu.TMEM(shape, dtype, layout=layout, collective=plan.pair)
     return scratch
 
 
@@ -161,53 +162,10 @@ def _block(plan: Plan, r: Any, interpret: bool) -> None:
 
 def _load(plan: Plan, r: Any) -> None:
     def item(at: Item) -> None:
-        rows, columns = pl.ds(at.row, plan.block_m), pl.ds(at.column, plan.columns)
-        halves: dict[str, Any] = {}
-        if plan.pair:  # each of a pair gets half of the rows of both, and the first one awaits them all
-            halves = {"collective_axes": PAIR, "leader_tracked": plgpu.CopyPartition.PARTITIONED(0)}
-        x, w = (at.batch if b > 1 else 0 for b in (plan.x_batch, plan.w_batch))
-
-        def step(i: Any) -> None:
-            count = at.turn * plan.blocks + i
-            slot = lax.rem(count, plan.steps)
-            pl.when(count >= plan.steps)(lambda: plgpu.barrier_wait(r.empty.at[slot]))
-            first = (at.split * plan.blocks + i) * plan.block_k
-            along = pl.ds(first, plan.block_k)
-            plgpu.copy_gmem_to_smem(r.w.at[w, columns, along], r.w_s.at[slot], r.full.at[slot], **halves)
-            plgpu.copy_gmem_to_smem(r.x.at[x, rows, along], r.x_s.at[slot], r.full.at[slot], **halves)
-            if plan.converts_scales:
-                tiles = pl.ds(lax.div(first, plan.w_tile_k), plan.w_scale_tiles)
-                plgpu.copy_gmem_to_smem(
-                    r.w_scale.at[w, tiles, columns], r.w_scale_s.at[slot], r.full.at[slot]
-                )
-
-            if plan.block_scale:
-                words = pl.ds((at.split * plan.blocks + i) * plan.scale_words, plan.scale_words)
-                tiles = (x, lax.div(at.row, plan.block_m), slice(None), words)
-                plgpu.copy_gmem_to_smem(
-                    r.x_block_scale.at[tiles], r.x_block_scale_s.at[slot], r.full.at[slot]
-                )
-                tiles = (w, lax.div(at.column, LANES), slice(None), words)
-                plgpu.copy_gmem_to_smem(
-                    r.w_block_scale.at[tiles], r.w_block_scale_s.at[slot], r.full.at[slot]
-                )
-
-        def scales(run: Any) -> None:
-            count = at.turn * plan.runs + run
-            slot = lax.rem(count, plan.acc_slots)
-            pl.when(count >= plan.acc_slots)(lambda: plgpu.barrier_wait(r.scales_free.at[slot]))
-            first = (at.split * plan.blocks + run * plan.run_blocks) * plan.block_k
-            if plan.x_tile_k:
-                source = r.x_scale.at[x, lax.div(first, plan.x_tile_k), rows]
-                plgpu.copy_gmem_to_smem(source, r.x_scale_s.at[slot], r.scales_full.at[slot])
-            if plan.w_tile_k:
-                source = r.w_scale.at[w, lax.div(first, plan.w_tile_k), columns]
-                plgpu.copy_gmem_to_smem(source, r.w_scale_s.at[slot], r.scales_full.at[slot])
-
         def one_run(run: Any) -> None:
             if plan.scales_in_runs:
-                scales(run)
-            loop(plan.run_blocks, lambda i: step(run * plan.run_blocks + i))
+                _load_scales(plan, r, at, run)
+            loop(plan.run_blocks, lambda i: _load_block(plan, r, at, run * plan.run_blocks + i))
 
         loop(plan.runs, one_run)
 
@@ -218,33 +176,60 @@ def _load(plan: Plan, r: Any) -> None:
         settle(r.scales_free, items * plan.runs, range(plan.acc_slots))
 
 
+def _load_block(plan: Plan, r: Any, at: Item, i: Any) -> None:
+    """Block `i` along K of both operands, with scales that go with blocks."""
+    halves: dict[str, Any] = {}
+    whole: dict[str, Any] = {}
+    if plan.pair:  # each of a pair gets half of the rows of both, and the first one awaits it all
+        halves = {"collective_axes": PAIR, "leader_tracked": plgpu.CopyPartition.PARTITIONED(0)}
+        whole = {"collective_axes": PAIR, "leader_tracked": plgpu.CopyPartition.REPLICATED}
+    count, x, w = at.turn * plan.blocks + i, *_batches(plan, at)
+    slot = lax.rem(count, plan.steps)
+    pl.when(count >= plan.steps)(lambda: plgpu.barrier_wait(r.empty.at[slot]))
+    full, block = r.full.at[slot], at.split * plan.blocks + i
+    rows, columns = pl.ds(at.row, plan.block_m), pl.ds(at.column, plan.columns)
+    along = pl.ds(block * plan.block_k, plan.block_k)
+    plgpu.copy_gmem_to_smem(r.w.at[w, columns, along], r.w_s.at[slot], full, **halves)
+    plgpu.copy_gmem_to_smem(r.x.at[x, rows, along], r.x_s.at[slot], full, **halves)
+    if plan.converts_scales:
+        tiles = pl.ds(lax.div(block * plan.block_k, plan.w_tile_k), plan.w_scale_tiles)
+        plgpu.copy_gmem_to_smem(r.w_scale.at[w, tiles, columns], r.w_scale_s.at[slot], full)
+    if plan.block_scale:
+        words = pl.ds(block * plan.scale_words, plan.scale_words)
+        source = r.w_block_scale.at[w, lax.div(at.column, plan.columns), :, words]
+        plgpu.copy_gmem_to_smem(source, r.w_block_scale_s.at[slot], full, **halves)
+        source = r.x_block_scale.at[x, lax.div(at.row, plan.block_m), :, words]
+        plgpu.copy_gmem_to_smem(source, r.x_block_scale_s.at[slot], full, **whole)
+
+
+def _load_scales(plan: Plan, r: Any, at: Item, run: Any) -> None:
+    """The scales of a run of K."""
+    count, x, w = at.turn * plan.runs + run, *_batches(plan, at)
+    slot = lax.rem(count, plan.acc_slots)
+    pl.when(count >= plan.acc_slots)(lambda: plgpu.barrier_wait(r.scales_free.at[slot]))
+    first = (at.split * plan.blocks + run * plan.run_blocks) * plan.block_k
+    full = r.scales_full.at[slot]
+    if plan.x_tile_k:
+        source = r.x_scale.at[x, lax.div(first, plan.x_tile_k), pl.ds(at.row, plan.block_m)]
+        plgpu.copy_gmem_to_smem(source, r.x_scale_s.at[slot], full)
+    if plan.w_tile_k:
+        source = r.w_scale.at[w, lax.div(first, plan.w_tile_k), pl.ds(at.column, LANES)]
+        plgpu.copy_gmem_to_smem(source, r.w_scale_s.at[slot], full)
+
+
+def _batches(plan: Plan, at: Item) -> tuple[Any, Any]:
+    """Indices of the rows' and of the weights' batch."""
+    return at.batch if plan.x_batch > 1 else 0, at.batch if plan.w_batch > 1 else 0
+
+
 def _multiply(plan: Plan, r: Any, interpret: bool) -> None:
     def item(at: Item) -> None:
         def one_run(run: Any) -> None:
             turn = at.turn * plan.runs + run
-            acc_slot = lax.rem(turn, plan.acc_slots)
-            acc = r.acc.at[:, pl.ds(acc_slot * plan.block_m, plan.block_m)]
-            pl.when(turn >= plan.acc_slots)(lambda: plgpu.barrier_wait(r.free.at[acc_slot]))
-            if plan.pair:
-                pl.when(lax.axis_index(PAIR) == 0)(
-                    functools.partial(_multiply_pair, plan, r, acc, turn, acc_slot)
-                )
-                return
-
-            def step(i: Any) -> None:
-                count = turn * plan.run_blocks + i
-                slot = lax.rem(count, plan.steps)
-                plgpu.barrier_wait(r.full.at[slot])
-                if plan.block_scale:
-                    gpu_sm100_scaled.multiply(r, acc, slot, i > 0, interpret)
-                elif plan.converters:
-                    _multiply_chunks(plan, r, acc, count, slot, i > 0)
-                else:
-                    x = r.x_s.at[slot].transpose((1, 0))
-                    plgpu.tcgen05_mma(acc, r.w_s.at[slot], x, r.empty.at[slot], accumulate=i > 0)
-
-            loop(plan.run_blocks, step)
-            plgpu.tcgen05_commit_arrive(r.done.at[acc_slot])
+            slot = lax.rem(turn, plan.acc_slots)
+            pl.when(turn >= plan.acc_slots)(lambda: plgpu.barrier_wait(r.free.at[slot]))
+            multiply = functools.partial(_multiply_run, plan, r, turn, slot, interpret)
+            pl.when(lax.axis_index(PAIR) == 0)(multiply) if plan.pair else multiply()
 
         loop(plan.runs, one_run)
 
@@ -252,18 +237,25 @@ def _multiply(plan: Plan, r: Any, interpret: bool) -> None:
     settle(r.free, item_count(plan) * plan.runs, range(plan.acc_slots))
 
 
-def _multiply_pair(plan: Plan, r: Any, acc: Any, turn: Any, acc_slot: Any) -> None:
-    """One run of K by a pair of multiprocessors: the first one issues it, both learn when it is done."""
+def _multiply_run(plan: Plan, r: Any, turn: Any, acc_slot: Any, interpret: bool) -> None:
+    """One run of K. Of a pair of multiprocessors the first one issues it, and both learn when it is done."""
+    acc = r.acc.at[:, pl.ds(acc_slot * plan.block_m, plan.block_m)]
+    both: dict[str, Any] = {"collective_axis": PAIR} if plan.pair else {}
 
     def step(i: Any) -> None:
-        slot = lax.rem(turn * plan.run_blocks + i, plan.steps)
+        count = turn * plan.run_blocks + i
+        slot = lax.rem(count, plan.steps)
         plgpu.barrier_wait(r.full.at[slot])
-        x = r.x_s.at[slot].transpose((1, 0))
-        options = {"accumulate": i > 0, "collective_axis": PAIR}
-        plgpu.tcgen05_mma(acc, r.w_s.at[slot], x, r.empty.at[slot], **options)
+        if plan.block_scale:
+            gpu_sm100_scaled.multiply(r, acc, slot, i > 0, interpret, **both)
+        elif plan.converters:
+            _multiply_chunks(plan, r, acc, count, slot, i > 0)
+        else:
+            x = r.x_s.at[slot].transpose((1, 0))
+            plgpu.tcgen05_mma(acc, r.w_s.at[slot], x, r.empty.at[slot], accumulate=i > 0, **both)
 
     loop(plan.run_blocks, step)
-    plgpu.tcgen05_commit_arrive(r.done.at[acc_slot], collective_axis=PAIR)
+    plgpu.tcgen05_commit_arrive(r.done.at[acc_slot], **both)
 
 
 def _multiply_chunks(plan: Plan, r: Any, acc: Any, count: Any, slot: Any, accumulate: Any) -> None:

@@ -48,16 +48,18 @@ def arranged(scale: jax.Array, block: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, scale.dtype)
 
 
-def multiply(r: Any, acc: Any, slot: Any, accumulate: Any, interpret: bool) -> None:
+def multiply(r: Any, acc: Any, slot: Any, accumulate: Any, interpret: bool, **both: Any) -> None:
     """acc [+]= (w_s * scales) (x_s * scales)^T of the blocks in `slot`; `r` are the kernel's refs.
 
-    Copies of scales and the multiplication that reads them run in the order in which they are issued.
+    Copies of scales and the multiplication that reads them run in the order in which they are issued. `both`:
+    the options of a pair of multiprocessors, each of which has its half of the weights' scales, and all of
+    the rows'.
     """
     if interpret:
         _multiply_interpreted(r, acc, slot, accumulate)
         return
-    plgpu.async_copy_scales_to_tmem(r.w_block_scale_s.at[slot], r.w_scale_t)
-    plgpu.async_copy_scales_to_tmem(r.x_block_scale_s.at[slot], r.x_scale_t)
+    plgpu.async_copy_scales_to_tmem(r.w_block_scale_s.at[slot], r.w_scale_t, **both)
+    plgpu.async_copy_scales_to_tmem(r.x_block_scale_s.at[slot], r.x_scale_t, **both)
     plgpu.tcgen05_mma(
         acc,
         r.w_s.at[slot],
@@ -66,6 +68,7 @@ def multiply(r: Any, acc: Any, slot: Any, accumulate: Any, interpret: bool) -> N
         a_scale=r.w_scale_t,
         b_scale=r.x_scale_t,
         accumulate=accumulate,
+        **both,
     )
 
 
