@@ -30,12 +30,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwix_kernels.gpu_blocks import WARPGROUP, interpreted, transforms
 from qwix_kernels.matmul.gpu_plan import registers
-from qwix_kernels.matmul.gpu_values import loaded, widened
+from qwix_kernels.matmul.gpu_values import widened
 from qwix_kernels.problem import dtype_bits
 from qwix_kernels.ragged_matmul.gpu_plan import GmmPlan
 from qwix_kernels.ragged_matmul.gpu_visits import ALIGNED, FIELDS, FIRST, HI, LO, MATRIX
 
 _MEMORY_REGISTERS = 40
+_TURNS = 2  # items whose scales wait in shared memory
 
 
 def call(plan: GmmPlan, arrays: dict[str, jax.Array], *, sms: int, interpret: Any) -> jax.Array:
@@ -79,8 +80,13 @@ def _scratch(plan: GmmPlan, emulate: bool) -> dict[str, Any]:
     for name, size in (("rhs", c.block_n), ("lhs", c.block_m)):
         if name in plan.tiled:
             made[f"{name}_tiles"] = plgpu.SMEM((c.stages, runs, size), jnp.float32)
+        if name in plan.whole:
+            made[f"{name}_whole"] = plgpu.SMEM((_TURNS, size), jnp.float32)
     made["full"] = plgpu.Barrier(num_arrivals=2 + len(plan.tiled), num_barriers=c.stages)
     made["free"] = plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.stages)
+    if plan.whole:
+        made["scales_full"] = plgpu.Barrier(num_arrivals=len(plan.whole), num_barriers=_TURNS)
+        made["scales_free"] = plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=_TURNS)
     if emulate:  # the interpreter multiplies from shared memory only
         shape = (c.warpgroups, c.tile_n, c.block_k)
         made["widened"] = plgpu.SMEM(shape, jnp.dtype(dot), transforms=transforms(c.block_k, dot))
@@ -95,20 +101,27 @@ def _kernel(plan: GmmPlan, r: dict[str, Any]) -> None:
     def _():
         plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
         _items(plan, r, functools.partial(_copy, plan, r))
-        for stage in range(c.stages):  # no barrier is left with an arrival that nothing has waited for
-            plgpu.barrier_wait(r["free"].at[stage])
+        # No barrier is left with an arrival that nothing has waited for.
+        _of_all(plan, r, plgpu.barrier_wait)
 
     @pl.when(me < c.warpgroups)
     def _():
         plgpu.set_max_registers(registers(c.warpgroups), action="increase")
-        for stage in range(c.stages):
-            plgpu.barrier_arrive(r["free"].at[stage])
+        _of_all(plan, r, plgpu.barrier_arrive)
         _items(plan, r, functools.partial(_compute, plan, r, me))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
+def _of_all(plan: GmmPlan, r: dict[str, Any], do: Callable[[Any], None]) -> None:
+    """do(barrier) of each place in shared memory that is free or not."""
+    for stage in range(plan.config.stages):
+        do(r["free"].at[stage])
+    for turn in range(_TURNS if plan.whole else 0):
+        do(r["scales_free"].at[turn])
+
+
 def _items(plan: GmmPlan, r: dict[str, Any], item: Callable[..., Any]) -> None:
-    """item(visit's fields, column block, stage) -> next stage, for each work item of this multiprocessor."""
+    """item(visit's fields, column block, turn, stage) -> next stage, for each item of this multiprocessor."""
     most, words = plan.most, r["words"]
     count = words[len(FIELDS) * most]
 
@@ -117,7 +130,7 @@ def _items(plan: GmmPlan, r: dict[str, Any], item: Callable[..., Any]) -> None:
         at, column = plgpu.planar_snake(info.index[0], (count, plan.columns), 1, plan.config.panel)
         fields = [words[field * most + at] for field in FIELDS]
         fields[FIRST] = pl.multiple_of(fields[FIRST], ALIGNED)
-        return item(fields, column, carry)
+        return item(fields, column, lax.rem(info.local_index, _TURNS), carry)
 
     plgpu.nd_loop((count * plan.columns,), collective_axes="sm", init_carry=jnp.int32(0))(one)
 
@@ -130,11 +143,19 @@ def _next(plan: GmmPlan, stage: Any) -> Any:
     return jnp.where(stage == plan.config.stages - 1, 0, stage + 1)
 
 
-def _copy(plan: GmmPlan, r: dict[str, Any], fields: list[Any], column: Any, stage: Any) -> Any:
-    """Brings the operands of all steps of an item."""
+def _copy(plan: GmmPlan, r: dict[str, Any], fields: list[Any], column: Any, turn: Any, stage: Any) -> Any:
+    """Brings the scales of an item and the operands of all its steps."""
     c = plan.config
     columns, rows = pl.ds(column * c.block_n, c.block_n), pl.ds(fields[FIRST], c.block_m)
     runs = c.block_k // plan.run_k
+    if plan.whole:
+        plgpu.barrier_wait(r["scales_free"].at[turn])
+        # Rows of no matrix get the zeros behind the last row's scale, whatever their own are.
+        first = pl.multiple_of(jnp.where(fields[MATRIX] >= 0, fields[FIRST], plan.aligned_m), ALIGNED)
+        scales = {"rhs": (jnp.maximum(fields[MATRIX], 0), columns), "lhs": (pl.ds(first, c.block_m),)}
+        for name in plan.whole:
+            source = r[f"{name}_scale"].at[scales[name]]
+            plgpu.copy_gmem_to_smem(source, r[f"{name}_whole"].at[turn], r["scales_full"].at[turn])
 
     def step(k: Any, stage: Any) -> Any:
         depth, full = pl.ds(k * c.block_k, c.block_k), r["full"].at[stage]
@@ -142,27 +163,28 @@ def _copy(plan: GmmPlan, r: dict[str, Any], fields: list[Any], column: Any, stag
         plgpu.copy_gmem_to_smem(r["rhs"].at[fields[MATRIX], columns, depth], r["w"].at[stage], full)
         plgpu.copy_gmem_to_smem(r["lhs"].at[rows, depth], r["x"].at[stage], full)
         tiles = pl.ds(lax.div(k, plan.steps_per_tile) * runs, runs)
-        scales = {"rhs": (fields[MATRIX], tiles, columns), "lhs": (tiles, rows)}
+        of_tiles = {"rhs": (fields[MATRIX], tiles, columns), "lhs": (tiles, rows)}
         for name in plan.tiled:
-            source = r[f"{name}_scale"].at[scales[name]]
+            source = r[f"{name}_scale"].at[of_tiles[name]]
             plgpu.copy_gmem_to_smem(source, r[f"{name}_tiles"].at[stage], full)
         return _next(plan, stage)
 
     return lax.fori_loop(0, _steps(plan, fields), step, stage)
 
 
-def _compute(plan: GmmPlan, r: dict[str, Any], me: Any, fields: list[Any], column: Any, stage: Any) -> Any:
+def _compute(
+    plan: GmmPlan, r: dict[str, Any], me: Any, fields: list[Any], column: Any, turn: Any, stage: Any
+) -> Any:
     """Multiplies all steps of an item, and stores its rows."""
     c = plan.config
     sums = _sums_of_tiles if plan.tiled else _sums
     z, stage = sums(plan, r, me, _steps(plan, fields), stage)
-    columns = pl.ds(column * c.block_n + me * c.tile_n, c.tile_n)
-    z = _scaled(plan, r, z, fields, columns).astype(plan.core.out_dtype)
+    z = _scaled(plan, r, me, z, turn).astype(plan.core.out_dtype)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     # In this layout a thread's values are neighbours in a row of the result.
     r["sums"].at[me].transpose((1, 0))[...] = plgpu.layout_cast(z, plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
-    _store(plan, r, me, fields, columns)
+    _store(plan, r, me, fields, pl.ds(column * c.block_n + me * c.tile_n, c.tile_n))
     return stage
 
 
@@ -220,7 +242,7 @@ def _multiply(plan: GmmPlan, r: dict[str, Any], me: Any, stage: Any, acc: Any, r
     weights = r["w"].at[stage, pl.ds(me * c.tile_n, c.tile_n), within]
     if plan.widens:
         codebook, emulated = plan.core.rhs.codebook, "widened" in r
-        values = widened(loaded(weights, plan.dot), plan.dot, codebook, emulated=emulated)
+        values = widened(weights, plan.dot, codebook, emulated=emulated)
         weights = values
         if emulated:
             weights = r["widened"].at[me, :, within]
@@ -236,19 +258,18 @@ def _release(plan: GmmPlan, r: dict[str, Any], stage: Any) -> None:
     plgpu.barrier_arrive(r["free"].at[stage])
 
 
-def _scaled(plan: GmmPlan, r: dict[str, Any], z: Any, fields: list[Any], columns: Any) -> Any:
+def _scaled(plan: GmmPlan, r: dict[str, Any], me: Any, z: Any, turn: Any) -> Any:
     """The sums times the scales that do not change along K."""
-    if plan.core.out_dtype == "int32":
+    if not plan.whole:
         return z
-    z = z.astype(jnp.float32)
-    if "rhs_scale" in r and "rhs" not in plan.tiled:
-        scale = r["rhs_scale"].at[jnp.maximum(fields[MATRIX], 0), columns]
-        z = z * lax.broadcast_in_dim(plgpu.load(scale, optimized=False), z.shape, (0,))
-    if "lhs_scale" in r and "lhs" not in plan.tiled:
-        # Rows of no matrix get the zeros behind the last row's scale, whatever their own are.
-        first = pl.multiple_of(jnp.where(fields[MATRIX] >= 0, fields[FIRST], plan.aligned_m), ALIGNED)
-        scale = plgpu.load(r["lhs_scale"].at[pl.ds(first, z.shape[1])], optimized=False)
-        z = z * lax.broadcast_in_dim(scale, z.shape, (1,))
+    c, z = plan.config, z.astype(jnp.float32)
+    plgpu.barrier_wait(r["scales_full"].at[turn])
+    for name in plan.whole:
+        mine = pl.ds(me * c.tile_n, c.tile_n) if name == "rhs" else slice(None)
+        scale = plgpu.load(r[f"{name}_whole"].at[turn, mine], optimized=False)
+        z = z * lax.broadcast_in_dim(scale, z.shape, (0,) if name == "rhs" else (1,))
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(r["scales_free"].at[turn])
     return z
 
 
@@ -285,13 +306,23 @@ def _store_rows(
 ) -> None:
     """Stores rows lo to hi of 8. A copy of fewer than 8 takes rows that lie one after the other, so each is
     picked out of the 8, by a sum of it and zeros, and laid there."""
+    p, width = plan.core, plan.config.tile_n
     z = plgpu.load(eight.transpose((1, 0)), layout=plgpu.Layout.WGMMA, optimized=False)
-    z = z if plan.core.out_dtype == "int32" else z.astype(jnp.float32)
+    z = z if p.out_dtype == "int32" else z.astype(jnp.float32)
     which = lax.broadcasted_iota(jnp.int32, z.shape, 1)
+    # A copy of one row is not cut off at the end of the result's row: it would go on in the next one.
+    widths = {width: columns.start + width <= p.n}
+    if p.n % width:
+        widths[p.n % width] = columns.start == p.n // width * width
     for i in range(ALIGNED):
 
         @pl.when((lo <= i) & (i < hi))
         def _(i: int = i) -> None:
-            row.at[i][...] = jnp.sum(jnp.where(which == i, z, 0), axis=1).astype(plan.core.out_dtype)
+            row.at[i][...] = jnp.sum(jnp.where(which == i, z, 0), axis=1).astype(p.out_dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(row.at[i], out.at[first + i, columns])
+            for size, fits in widths.items():
+
+                @pl.when(fits)
+                def _(size: int = size) -> None:
+                    there = out.at[first + i, pl.ds(columns.start, size)]
+                    plgpu.copy_smem_to_gmem(row.at[i, pl.ds(0, size)], there)

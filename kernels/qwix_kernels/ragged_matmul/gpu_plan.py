@@ -102,6 +102,14 @@ class GmmPlan:
         return tuple(name for name, x in (("lhs", p.lhs), ("rhs", p.rhs)) if dense.varies(x, p))
 
     @property
+    def whole(self) -> tuple[str, ...]:
+        """The operands with scales that do not."""
+        p = self.core
+        return tuple(
+            name for name, x in (("lhs", p.lhs), ("rhs", p.rhs)) if x.is_quantized and name not in self.tiled
+        )
+
+    @property
     def steps_per_tile(self) -> int:
         """Steps of K that share all scales; 1 where a step has several."""
         return max(1, dense.scale_k(self.core) // self.config.block_k)
@@ -118,7 +126,8 @@ class GmmPlan:
         stage = c.block_k * (c.block_n * p.rhs.bits + c.block_m * dtype_bits(self.dot)) // 8
         runs = c.block_k // self.run_k
         stage += 4 * runs * (c.block_n * ("rhs" in self.tiled) + c.block_m * ("lhs" in self.tiled))
-        out = (c.block_m + ALIGNED) * c.block_n * dtype_bits(p.out_dtype) // 8
+        whole = 2 * 4 * (c.block_n + c.block_m) if self.whole else 0
+        out = whole + (c.block_m + ALIGNED) * c.block_n * dtype_bits(p.out_dtype) // 8
         return c.stages * stage + out
 
 
