@@ -82,14 +82,14 @@ def test_schemes(name):
     rows, weight, tile, options = SCHEMES[name]
     rng = np.random.default_rng(0)
     lhs = tensor(rng, (1, 21, 256), rows, None if rows == BF16 else 0)
-    rhs = tensor(rng, (1, 200, 256), weight, tile)
+    rhs = tensor(rng, (1, 208, 256), weight, tile)
     check(lhs, rhs, dataclasses.replace(SMALL, **options), BF16)
 
 
 def test_integer_accumulators_are_exact_whatever_the_sizes():
     """M, N and a tail in K that no block divides; -128 * -128 over all of K among the sums."""
     rng = np.random.default_rng(1)
-    lhs, rhs = tensor(rng, (1, 13, 176), I8), tensor(rng, (1, 70, 176), I8)
+    lhs, rhs = tensor(rng, (1, 13, 160), I8), tensor(rng, (1, 72, 160), I8)
     lowest = lambda x: dataclasses.replace(x, values=x.values.at[:, 0].set(-128))
     check(lowest(lhs), lowest(rhs), out_dtype="int32")
 
@@ -173,6 +173,7 @@ def test_the_table_of_a_codebook():
         (Operand(I8, 1, 16), Operand(I8, 1, 128, "float32", 1, 256, True), "zero points"),
         (Operand(BF16, 1, 16), Operand("int2", 1, 128, "float32", 1, 256), "not int2"),
         (Operand(I8, 1, 16), Operand(I8, 1, 128, "float32", 1, 16), "tiles of 16"),
+        (Operand(BF16, 1, 16), Operand(I4, 1, 128, "float32", 1, 32), "16 bytes of the rhs"),
     ],
     ids=lambda x: x if isinstance(x, str) else x.dtype,
 )
@@ -185,6 +186,13 @@ def test_what_the_kernel_refuses(lhs, rhs, constraint):
 
 def problem_of_operands(lhs, rhs, m=16, k=256, n=128):
     return gpu_plan.MatmulProblem(m, k, n, lhs, rhs, BF16, rhs_transposed=True)
+
+
+@pytest.mark.parametrize("sizes, constraint", [({"k": 240}, "K is 240"), ({"n": 136}, "N is 136")], ids=str)
+def test_sizes_that_cannot_be_copied(sizes, constraint):
+    k = sizes.get("k", 256)
+    problem = problem_of_operands(Operand(I8, 1, 16), Operand(I8, 1, 128, "float32", 1, k), **sizes)
+    assert constraint in dict(dispatch.explain(problem, "h100").rejected)["mosaic_gpu"]
 
 
 @pytest.mark.parametrize(
@@ -232,13 +240,19 @@ COMPILED = [
     ("w8a16", BF16, 16, 4096, 14336),
     ("wnf4a16_g64", BF16, 4096, 4096, 4096),
     ("wf8a16", BF16, 4096, 4096, 4096),
+    # Sizes that no block divides, which the interpreter takes more easily than the copy engine does.
+    ("w8a8", I8, 300, 1056, 528),
+    ("w4a16", BF16, 3, 1088, 528),
+    ("w4a8_g128", I8, 100, 1024, 528),
 ]
 
 
 @pytest.mark.parametrize("scheme, dot, m, k, n", COMPILED, ids=lambda x: str(x))
 def test_compiled(scheme, dot, m, k, n):
     """The right matrix instruction, TMA, nothing in local memory, registers that the warpgroups can have."""
-    program = gpu_compile.compiled("h100", "bench.gpu_problems:matmul", scheme=scheme, m=m, k=k, n=n)
+    program = gpu_compile.compiled(
+        "h100", "bench.gpu_problems:matmul", scheme=scheme, m=m, k=k, n=n, implementation="mosaic_gpu"
+    )
     kernel = next(kernel for kernel in program.kernels if kernel.matrix)
     assert all(name.startswith(INSTRUCTION[dot]) for name in kernel.matrix)
     assert kernel.tma_loads and kernel.tma_stores

@@ -23,6 +23,7 @@ from qwix_kernels.matmul.gpu_plan import Config as Config
 from qwix_kernels.problem import NO_EXTRAS, Extras, MatmulProblem, Operand, Tensor, dtype_bits
 from qwix_kernels.quantize import gpu as quantize_gpu
 
+_ROWS = 8  # what the copy engine takes at a time
 _HBM_SHARE = 0.9
 _PASS_US = 1.5  # a kernel of XLA's, however small
 
@@ -36,12 +37,14 @@ def product(p: MatmulProblem) -> MatmulProblem:
     >>> product(p).lhs.dtype, product(p).rhs_transposed
     ('int8', True)
     """
-    lhs = p.lhs
+    m = p.m if p.m <= _ROWS else -(-p.m // _ROWS) * _ROWS
+    lhs = dataclasses.replace(p.lhs, free=m)
     if q := p.quantize_lhs:
         stored = "int8" if q.dtype in ("int2", "int4") else q.dtype
-        lhs = Operand(stored, p.lhs.batch, p.lhs.free, "float32", 1, q.tile_k or p.k)
+        lhs = Operand(stored, p.lhs.batch, m, "float32", 1, q.tile_k or p.k)
     return dataclasses.replace(
         p,
+        m=m,
         lhs=lhs,
         out_dtype="float32" if p.epilogue or p.low_rank else p.out_dtype,
         rhs_transposed=True,
@@ -81,10 +84,13 @@ def estimate(problem: MatmulProblem, chip: Chip, config: Any) -> Estimate:
     if p.norm or p.quantize_lhs:
         passes += 1
         stored = dtype_bits(p.quantize_lhs.dtype) if p.quantize_lhs else p.lhs.bits
-        moved += p.lhs.batch * p.m * p.k * (2 * p.lhs.bits + stored) / 8
+        moved += p.lhs.batch * p.m * p.k * (p.lhs.bits * (1 + bool(p.norm)) + stored) / 8
     if not p.rhs_transposed:
         passes += p.products
         moved += p.products * 2 * cost.operand_bytes(p.rhs, p.k)
+    if p.m > _ROWS and p.m % _ROWS:
+        passes += 2
+        moved += 2 * (cost.operand_bytes(p.lhs, p.k) + cost.result_bytes(p))
     if p.epilogue or p.low_rank:
         passes += 1
         moved += cost.result_bytes(p, "float32") * p.products + cost.epilogue_bytes(p)
@@ -110,12 +116,13 @@ def run(
 ) -> jax.Array | Tensor:
     """As the op: [batch, M, N], and the scales of a result that is quantized."""
     inner = product(problem)
-    rows = _prepared(problem, lhs, extras, interpret)
+    rows = _padded(_prepared(problem, lhs, extras, interpret), inner.m)
 
     def multiplied(weight: Tensor) -> jax.Array:
         if not problem.rhs_transposed:
             weight = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), weight)
-        return _of(chip).run(inner, rows, weight, config=config, chip=chip, interpret=interpret)
+        made = _of(chip).run(inner, rows, weight, config=config, chip=chip, interpret=interpret)
+        return made[:, : problem.m]
 
     z = multiplied(rhs)
     if problem.low_rank:
@@ -134,3 +141,16 @@ def _prepared(problem: MatmulProblem, lhs: Tensor, extras: Extras, interpret: An
     except NotImplementedError:
         return elementwise.prepare(problem, lhs, extras)
     return quantize_gpu.rows(lhs.values, how, interpret=interpret)
+
+
+def _padded(x: Tensor, m: int) -> Tensor:
+    """[batch, m, K]: with rows of zeros, whose scale is 1."""
+    missing = m - x.shape[1]
+    if not missing:
+        return x
+    more = lambda a, value: jnp.pad(a, ((0, 0), (0, missing), (0, 0)), constant_values=value)
+    values = more(x.values, jnp.zeros((), x.values.dtype))
+    if x.scale is None or x.scale.shape[1] == 1:
+        return dataclasses.replace(x, values=values)
+    each = jnp.repeat(x.scale, x.shape[1] // x.scale.shape[1], axis=1)
+    return dataclasses.replace(x, values=values, scale=more(each, jnp.ones((), each.dtype)))

@@ -33,7 +33,7 @@ MEMORY_REGISTERS, _MOST_REGISTERS = 40, 240  # per thread
 _OTHER_REGISTERS = 24  # those that hold no sums
 # The longest sum of products of bytes that is sure to fit int32.
 MOST_K = 1 << 17
-ALIGNED = 16  # bytes between rows, for the copy engine
+LEAST_BYTES = 32  # of a row, in a tile that the copy engine brings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,17 +226,24 @@ def check(p: MatmulProblem, chip: Chip) -> None:
         raise NotImplementedError(f"sums of {p.k} products of bytes may not fit int32; {MOST_K} do")
     if p.precision not in (None, "default"):
         raise NotImplementedError(f"precision {p.precision!r} is XLA's")
-    for name, x in (("lhs", lhs), ("rhs", rhs)):
-        bits = 8 if x.dtype == "int4" and name == "lhs" else x.bits
-        if p.k * bits % (8 * ALIGNED):
-            raise NotImplementedError(
-                f"{name} rows of {p.k * bits / 8:g} bytes; the copy engine takes multiples of {ALIGNED}"
-            )
-    if dtype_bits(p.out_dtype) == 16 and p.n % 8:
-        raise NotImplementedError(f"N is {p.n}; the copy engine writes multiples of 8")
+    _check_sizes(p)
     if dtype_bits(p.out_dtype) not in (16, 32):
         raise NotImplementedError(f"results are bfloat16, float16, float32 or int32, not {p.out_dtype}")
     _check_tiles(p)
+
+
+def _check_sizes(p: MatmulProblem) -> None:
+    """The copy engine takes whole tiles of an array: 8 rows, and at least 32 bytes of each."""
+    for name, x in (("lhs", p.lhs), ("rhs", p.rhs)):
+        bits = 8 if x.dtype == "int4" and name == "lhs" else x.bits
+        if p.k * bits % (8 * LEAST_BYTES):
+            raise NotImplementedError(
+                f"K is {p.k}, {name} rows of {p.k * bits / 8:g} bytes; it copies multiples of {LEAST_BYTES}"
+            )
+    if p.n % 8 or (dtype_bits(p.out_dtype) == 16 and p.n * 16 % (8 * LEAST_BYTES)):
+        raise NotImplementedError(f"N is {p.n}; multiples of 16 (8 for 32-bit results) can be copied")
+    if p.m % 8 and p.m > 8:
+        raise NotImplementedError(f"M is {p.m}; up to 8, or multiples of 8, can be copied")
 
 
 def _check_tiles(p: MatmulProblem) -> None:
@@ -244,6 +251,10 @@ def _check_tiles(p: MatmulProblem) -> None:
     run, least = scale_k(p), 32 if dot_dtype(p) in ("int8", *FP8) else 16
     if run < p.k and run % least:
         raise NotImplementedError(f"tiles of {run} along K; a matrix instruction takes {least}")
+    if run < p.k and run * p.rhs.bits < 8 * LEAST_BYTES:
+        raise NotImplementedError(
+            f"tiles of {run} along K, {run * p.rhs.bits // 8} bytes of the rhs; it takes {LEAST_BYTES}"
+        )
 
 
 def resolve(p: MatmulProblem, chip: Chip, config: Config) -> Plan:
@@ -259,8 +270,8 @@ def resolve(p: MatmulProblem, chip: Chip, config: Config) -> Plan:
     many = plan.scale_k < p.k
     if many != (c.strategy != "once"):
         raise NotImplementedError(f"{c}: scales {'change' if many else 'do not change'} along K")
-    if c.strategy == "before" and not plan.widens:
-        raise NotImplementedError(f"{c}: only weights that go through registers are scaled there")
+    if c.strategy == "before" and not (plan.widens and plan.dot in WIDE):
+        raise NotImplementedError(f"{c}: only weights that are widened to floats are scaled on the way")
     if c.strategy == "before" and varies(p.lhs, p):
         raise NotImplementedError(f"{c}: scales of the rows change along K, so they go after the dot")
     if many and plan.scale_k % plan.run_k:

@@ -15,6 +15,7 @@ of a sum (`Plan.partial`) leave as they are, [splits, batch, N, M], and are fini
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -116,14 +117,15 @@ def scratch_types(plan: Plan, interpret: bool) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, (block, dtype) in plan.streams.items():
         small = name not in ("lhs", "rhs")
-        how = () if small else transforms(plan.run_k, dtype)
+        how = () if small else transforms(math.gcd(plan.run_k, plan.problem.k), dtype)
         shape = block if small or c.warpgroups_k == 1 else (c.warpgroups_k, block[0], plan.tile_k)
         out[f"{name}_stages"] = plgpu.SMEM((c.stages, *shape), jnp.dtype(dtype), transforms=how)
     out["arrived"] = plgpu.Barrier(num_arrivals=_copies(plan), num_barriers=c.stages)
     out["free"] = plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=c.stages)
     made = _out_type(plan).dtype
     chunk = (plan.tile_n, plan.epilogue_m) if plan.partial else (plan.epilogue_m, plan.tile_n)
-    how = transforms(min(chunk[1], 1024 // dtype_bits(made.name)), made.name)
+    across = chunk[1] if plan.partial else math.gcd(chunk[1], plan.problem.n)
+    how = transforms(min(across, 1024 // dtype_bits(made.name)), made.name)
     out["leaving"] = plgpu.SMEM((c.warpgroups_n, 2, *chunk), made, transforms=how)
     if c.warpgroups_k > 1:
         dtype = "float32" if c.strategy != "once" else plan.acc
