@@ -141,14 +141,16 @@ def _row(cell: Any, known: Cache | None) -> Row:
         return dataclasses.replace(row, error="the compiled program holds no kernel that multiplies")
     kernel = max(multiplying, key=lambda kernel: kernel.instructions)
     tensor, issue = gpu_targets.model(cell, chip, kernel, plan.config)
+    others = len(program.kernels) - 1
+    around = program.around_bytes + (cell.quantized_bytes if others else 0)
     return dataclasses.replace(
         row,
         memory_us=memory,
         tensor_us=tensor,
         issue_us=issue,
-        around_us=program.around_bytes / (chip.hbm_gbps * 1e3),
+        around_us=around / (chip.hbm_gbps * 1e3),
         kernel=kernel,
-        others=len(program.kernels) - 1,
+        others=others,
         note=f"{plan.config}; {row.note}",
     )
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from qwix_kernels import matmul as op
 from qwix_kernels.chips import Chip
-from qwix_kernels.problem import MatmulProblem, Tensor
+from qwix_kernels.problem import MatmulProblem, Tensor, dtype_bits
 
 from bench import floors, problems, shapes, targets
 from bench.shapes import Scheme
@@ -31,8 +31,10 @@ SCHEMES = (
     "wf8a16",
     "wnf4a16_g64",
 )
-# Formats whose matrix instruction is Blackwell's alone.
-BLOCK_SCHEMES = ("wmxfp8amxfp8", "wmxfp4amxfp4", "wnvfp4anvfp4")
+# Formats whose matrix instruction is Blackwell's alone. It takes scales as the format has them, so rows come
+# quantized; those that are quantized on the way have float32 ones.
+BLOCK_SCHEMES = ("wmxfp8amxfp8_static", "wmxfp4amxfp4_static", "wnvfp4anvfp4_static")
+FP4_RATE = 2  # of 4-bit floats to 8-bit ones, where scales are those of block formats (B200 data sheet)
 PREFILL = ((4096, 4096, 4096), (1024, 4096, 4096))  # M, K, N
 DECODE = ((16, 4096, 14336), (64, 4096, 14336))
 MLP = tuple((m, layer.k, layer.n) for layer in shapes.MODELS["llama3_8b"][-2:] for m in (16, 2048))
@@ -70,8 +72,15 @@ class Cell:
 
     def floor(self, chip: Chip) -> tuple[float, float]:
         """(compute, memory) in microseconds, each operand moved once."""
-        found = floors.floor(chip, shapes.scheme(self.scheme), self.m, self.k, self.n)
-        return found.compute_us, found.memory_us
+        wanted = shapes.scheme(self.scheme)
+        found = floors.floor(chip, wanted, self.m, self.k, self.n)
+        faster = FP4_RATE if wanted.weight == wanted.activation == "float4_e2m1fn" else 1
+        return found.compute_us / faster, found.memory_us
+
+    @property
+    def quantized_bytes(self) -> int:
+        """What a pass that quantizes the rows reads and writes."""
+        return row_bytes(shapes.scheme(self.scheme), self.m, self.k)
 
     def padded_rows(self, block: int) -> int:
         """Rows that blocks of `block` compute."""
@@ -93,10 +102,25 @@ def cells(chip: str, schemes: Sequence[str] = ()) -> list[Cell]:
     return found + [Cell(chip, name, *PREFILL[1], prepacked=False) for name in turned]
 
 
+def row_bytes(scheme: Scheme, m: int, k: int) -> int:
+    """Of bfloat16 rows and what they are quantized to; 0 where they are not.
+
+    >>> row_bytes(shapes.scheme("w8a8"), 16, 100), row_bytes(shapes.scheme("w8a16"), 16, 100)
+    (4800, 0)
+    """
+    how = problems.row_quantize(scheme)
+    return m * k * (16 + dtype_bits(how.dtype)) // 8 if how else 0
+
+
 def shapes_of(scheme: Scheme, m: int, k: int, n: int, prepacked: bool = True) -> list[jax.ShapeDtypeStruct]:
-    """As problems.shapes_of, one batch; the weight and what belongs to it [1, N, K] where `prepacked`."""
+    """As problems.shapes_of, one batch; the weight and what belongs to it [1, N, K] where `prepacked`.
+
+    Scales of rows that come quantized are in the dtype of the scheme's format.
+    """
     found = problems.shapes_of(scheme, m, k, n)
     lhs = 1 + scheme.static
+    if scheme.static:
+        found[1] = jax.ShapeDtypeStruct(found[1].shape, jnp.dtype(scheme.row_scale))
     if not prepacked:
         return found
     turned = [jax.ShapeDtypeStruct((1, *x.shape[:0:-1]), x.dtype) for x in found[lhs:]]

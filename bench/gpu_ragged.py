@@ -12,7 +12,7 @@ from qwix_kernels import ragged_matmul
 from qwix_kernels.chips import Chip
 from qwix_kernels.ragged_matmul import GmmProblem
 
-from bench import problems, ragged_problems, shapes
+from bench import gpu_problems, problems, ragged_problems, shapes
 from bench.shapes import RaggedLayer, Scheme
 
 SCHEMES = ("w8a8", "w4a16_g128", "w8a16", "wf8af8", "wf8af8_b128", "w4a8")
@@ -54,6 +54,11 @@ class Cell:
     def floor(self, chip: Chip) -> tuple[float, float]:
         """(compute, memory) in microseconds, of the rows and the matrices that there are."""
         return ragged_problems.floor(shapes.scheme(self.scheme), self.layer, chip)
+
+    @property
+    def quantized_bytes(self) -> int:
+        """What a pass that quantizes the rows reads and writes."""
+        return gpu_problems.row_bytes(shapes.scheme(self.scheme), self.layer.rows, self.k)
 
     def padded_rows(self, block: int) -> int:
         """Rows that blocks of `block` compute, if each block is of one group."""

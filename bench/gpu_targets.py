@@ -15,7 +15,7 @@ Model, in microseconds, of a grid that shares out the blocks of the result:
               the code does not say how much a matrix instruction multiplies (Blackwell)
     tensor    the multiplications of all blocks, padding and the last, partial wave included, at the peak
     memory    each operand and the result once through HBM
-    around    XLA's ops round the kernel, by their bytes
+    around    XLA's ops round the kernel, and the kernel that quantizes rows, by their bytes
     static    the greatest of the first three, plus the last
 """
 
@@ -30,8 +30,10 @@ from qwix_kernels.chips import Chip
 
 from bench import shapes
 from bench.gpu_compile import REGISTERS, Kernel
+from bench.gpu_problems import FP4_RATE
 from bench.targets import Miss
 
+_LANES = 128  # columns of a block on Blackwell: the lanes of tensor memory
 _INSTRUCTIONS = {"h100": "{}GMMA", "b200": "UTC{}MMA"}
 
 
@@ -84,12 +86,13 @@ def instruction(chip: str, scheme: str) -> str:
 def model(cell: Any, chip: Chip, kernel: Kernel, config: Any) -> tuple[float, float | None]:
     """(tensor, issue) in microseconds: see the module's header. `config`: what dispatch chose."""
     rows = cell.padded_rows(config.block_m)
-    columns = math.ceil(cell.n / config.block_n) * config.block_n
-    items = rows // config.block_m * (columns // config.block_n) * getattr(config, "splits", 1)
+    block_n = getattr(config, "block_n", _LANES)
+    columns = math.ceil(cell.n / block_n) * block_n
+    items = rows // config.block_m * (columns // block_n) * getattr(config, "splits", 1)
     busy = min(math.prod(kernel.grid), items)
     waves = math.ceil(items / busy) * busy / items
     products = waves * rows * columns * cell.k
-    rate = {"I": chip.int8, "H": chip.bf16, "O": 2 * chip.fp8}.get(_letter(kernel), chip.fp8)
+    rate = {"I": chip.int8, "H": chip.bf16, "O": FP4_RATE * chip.fp8}.get(_letter(kernel), chip.fp8)
     tensor = 2 * products * chip.sms / busy / (rate * 1e6)
     loop = kernel.main_loop
     if loop is None or not loop.multiplies:
