@@ -49,7 +49,7 @@ def run(
 
     def product(weights: Tensor) -> jax.Array:
         arrays = {"words": words, **_rows(plan, rows), **_weights(plan, weights)}
-        return gpu_kernel.call(plan, arrays, sms=chip.sms, interpret=interpret)
+        return gpu_kernel.call(plan, arrays, sms=chip.sms, interpret=interpret)[: p.m]
 
     z = product(rhs)
     if p.epilogue is None:
@@ -60,17 +60,16 @@ def run(
 
 def _rows(plan: GmmPlan, x: Tensor) -> dict[str, jax.Array]:
     """The rows [M, K] as they are multiplied, and their scales: [M], or [tiles, M], with zeros behind."""
-    p = plan.core
-    made = {"lhs": x.values[0].astype(plan.dot)}
+    p, m = plan.core, plan.problem.product.m
+    behind = p.m - m
+    made = {"lhs": jnp.pad(x.values[0].astype(plan.dot), ((0, behind), (0, 0)))}
     if x.scale is None:
         return made
-    scale = jnp.repeat(x.scale[0].astype(jnp.float32), p.m // x.scale.shape[1], axis=0)
-    if "lhs" not in plan.tiled:
-        # A block may start at the last row, and one of no matrix starts behind it.
-        behind = plan.aligned_m - p.m + plan.config.block_m
-        return made | {"lhs_scale": jnp.pad(scale[:, 0], (0, behind))}
-    scale = jnp.pad(scale, ((0, -p.m % 4), (0, 0)))
-    return made | {"lhs_scale": _along_k(scale, plan, 1).T}
+    scale = jnp.repeat(x.scale[0].astype(jnp.float32), m // x.scale.shape[1], axis=0)
+    if "lhs" in plan.tiled:
+        return made | {"lhs_scale": _along_k(jnp.pad(scale, ((0, behind), (0, 0))), plan, 1).T}
+    # A block may start at the last rows, and one of no matrix starts behind them.
+    return made | {"lhs_scale": jnp.pad(scale[:, 0], (0, behind + plan.config.block_m))}
 
 
 def _weights(plan: GmmPlan, w: Tensor) -> dict[str, jax.Array]:

@@ -18,21 +18,20 @@ from qwix_kernels.matmul import cost as matmul_cost
 from qwix_kernels.matmul import gpu_plan as dense
 from qwix_kernels.problem import dtype_bits
 from qwix_kernels.ragged_matmul import cost
-from qwix_kernels.ragged_matmul.gpu_plan import Config, GmmPlan, check, resolve, widens
+from qwix_kernels.ragged_matmul.gpu_plan import Config, GmmPlan, check, resolve
 from qwix_kernels.ragged_matmul.problem import GmmProblem
 
 __all__ = ["check", "estimate", "heuristic_config"]
 
-_UTILISATION = 0.80  # of the matrix unit's peak, where nothing else holds it up
+_UTILISATION = 0.89  # of the matrix unit's peak, where nothing else holds it up
 _SHARED_BYTES = 128  # that a multiprocessor reads from its shared memory in a cycle
 _BANDWIDTH = 0.85  # of the memory's, likewise
 _WIDEN_US = 0.22  # of a warpgroup, for 64 x 128 weights
 _SCALE_US = 0.05  # of a warpgroup, for 64 x 128 sums that are scaled and added up
-_STEP_US = 0.10  # the least a step takes: what has arrived is waited for, multiplied, waited for
-_ITEM_US = 1.2  # to scale and store 128 x 256 sums
-_LEAST_ITEM_US = 0.5
+_STEP_US = 0.08  # of a step: to wait for what it needs, and for its products
+_ITEM_US, _SUMS_US = 1.2, 1.2  # of an item, and for 128 x 256 sums that are scaled and stored
 _LAUNCH_US = 3.0
-_VISITS_US = 6.0  # XLA's ops that find the visits
+_VISITS_US = 5.0  # XLA's ops that find the visits
 _OP_US = 2.0  # an XLA op more
 
 
@@ -88,8 +87,8 @@ def _times(plan: GmmPlan, chip: Chip) -> tuple[float, float]:
     if plan.tiled:
         sums = c.tile_n * c.block_m / (64 * 128)
         registers += _SCALE_US * sums * (c.block_k // plan.run_k)
-    step = max(matrix, registers, _STEP_US)
-    item = plan.steps_k * step + max(_LEAST_ITEM_US, _ITEM_US * c.block_m * c.block_n / (128 * 256))
+    step = max(matrix, registers) + _STEP_US
+    item = plan.steps_k * step + _ITEM_US + _SUMS_US * c.block_m * c.block_n / (128 * 256)
     visits = _visits(plan)
     turns = -(-visits * plan.columns // chip.sms)
     weights = matmul_cost.operand_bytes(dataclasses.replace(p.rhs, batch=cost.touched(plan.problem)), p.k)
@@ -128,10 +127,11 @@ def _candidates(problem: GmmProblem) -> Iterator[Config]:
     p = GmmPlan(problem, Config(8, 64, 64, 1, 1)).core
     each = -(-p.m // cost.touched(problem)) + 7
     rows = [b for b in (8, 16, 32, 64, 96, 128, 192, 256) if b // 2 < each]
-    depth = 128 if dense.dot_dtype(p) in ("int8", *dense.FP8) or widens(p) else 64
+    # 128 bytes, which copies and matrix instructions take best.
+    depths = (128, 256) if dtype_bits(dense.dot_dtype(p)) == 8 else (64, 128)
     for block_m in rows:
         for block_n, warpgroups in ((64, 1), (128, 2), (256, 2), (192, 3)):
-            for block_k in {64, depth}:
+            for block_k in depths:
                 plan = GmmPlan(problem, Config(block_m, block_n, block_k, 1, warpgroups))
                 spare = SMEM_BYTES - plan.smem_bytes
                 more = spare // max(1, _stage_bytes(plan))

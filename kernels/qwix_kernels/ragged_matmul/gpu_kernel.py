@@ -19,6 +19,7 @@ row by row.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwix_kernels.gpu_blocks import WARPGROUP, interpreted, transforms
 from qwix_kernels.matmul.gpu_plan import registers
 from qwix_kernels.matmul.gpu_values import widened
-from qwix_kernels.problem import dtype_bits
-from qwix_kernels.ragged_matmul.gpu_plan import GmmPlan
+from qwix_kernels.ragged_matmul.gpu_plan import GmmPlan, tile_columns
 from qwix_kernels.ragged_matmul.gpu_visits import ALIGNED, FIELDS, FIRST, HI, LO, MATRIX
 
 _MEMORY_REGISTERS = 40
@@ -40,8 +40,8 @@ _TURNS = 2  # items whose scales wait in shared memory
 
 
 def call(plan: GmmPlan, arrays: dict[str, jax.Array], *, sms: int, interpret: Any) -> jax.Array:
-    """[M, N] of the arrays that `gpu.operands` makes."""
-    p = plan.problem.product
+    """[M, N] of the arrays that gpu.py makes."""
+    p = plan.core
     emulate = bool(interpret) and plan.widens
     scratch = _scratch(plan, emulate)
     names = (*arrays, "out", *scratch)
@@ -51,7 +51,7 @@ def call(plan: GmmPlan, arrays: dict[str, jax.Array], *, sms: int, interpret: An
 
     run = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((p.m, p.n), jnp.dtype(plan.core.out_dtype)),
+        out_type=jax.ShapeDtypeStruct((p.m, p.n), jnp.dtype(p.out_dtype)),
         grid=(sms,),
         grid_names=("sm",),
         num_threads=plan.config.warpgroups + 1,
@@ -64,12 +64,16 @@ def call(plan: GmmPlan, arrays: dict[str, jax.Array], *, sms: int, interpret: An
 
 
 def _scratch(plan: GmmPlan, emulate: bool) -> dict[str, Any]:
-    c, dot, out = plan.config, plan.dot, plan.core.out_dtype
-    rhs = plan.problem.product.rhs.dtype
+    p, c, dot, out = plan.core, plan.config, plan.dot, plan.core.out_dtype
+    rhs = p.rhs.dtype
+    # What is copied or multiplied at a time is whole tiles.
+    along_k = math.gcd(p.k, plan.run_k)
     block = lambda rows, dtype: plgpu.SMEM(
-        (c.stages, rows, c.block_k), jnp.dtype(dtype), transforms=transforms(c.block_k, dtype)
+        (c.stages, rows, c.block_k),
+        jnp.dtype(dtype),
+        transforms=transforms(tile_columns(along_k, dtype), dtype),
     )
-    swizzled = transforms(min(c.tile_n, 1024 // dtype_bits(out)), out)
+    swizzled = transforms(tile_columns(math.gcd(p.n, c.tile_n), out), out)
     made: dict[str, Any] = {
         "w": block(c.block_n, rhs),
         "x": block(c.block_m, dot),
@@ -89,7 +93,9 @@ def _scratch(plan: GmmPlan, emulate: bool) -> dict[str, Any]:
         made["scales_free"] = plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=_TURNS)
     if emulate:  # the interpreter multiplies from shared memory only
         shape = (c.warpgroups, c.tile_n, c.block_k)
-        made["widened"] = plgpu.SMEM(shape, jnp.dtype(dot), transforms=transforms(c.block_k, dot))
+        made["widened"] = plgpu.SMEM(
+            shape, jnp.dtype(dot), transforms=transforms(tile_columns(along_k, dot), dot)
+        )
     return made
 
 
@@ -151,7 +157,7 @@ def _copy(plan: GmmPlan, r: dict[str, Any], fields: list[Any], column: Any, turn
     if plan.whole:
         plgpu.barrier_wait(r["scales_free"].at[turn])
         # Rows of no matrix get the zeros behind the last row's scale, whatever their own are.
-        first = pl.multiple_of(jnp.where(fields[MATRIX] >= 0, fields[FIRST], plan.aligned_m), ALIGNED)
+        first = pl.multiple_of(jnp.where(fields[MATRIX] >= 0, fields[FIRST], plan.core.m), ALIGNED)
         scales = {"rhs": (jnp.maximum(fields[MATRIX], 0), columns), "lhs": (pl.ds(first, c.block_m),)}
         for name in plan.whole:
             source = r[f"{name}_scale"].at[scales[name]]

@@ -115,11 +115,6 @@ class GmmPlan:
         return max(1, dense.scale_k(self.core) // self.config.block_k)
 
     @property
-    def aligned_m(self) -> int:
-        """M, rounded up to what blocks start at."""
-        return -(-self.problem.product.m // ALIGNED) * ALIGNED
-
-    @property
     def smem_bytes(self) -> int:
         """Shared memory that the kernel allocates."""
         p, c = self.core, self.config
@@ -131,6 +126,15 @@ class GmmPlan:
         return c.stages * stage + out
 
 
+def tile_columns(size: int, dtype: str) -> int:
+    """The widest tile of 128 bytes or less that divides rows of `size` elements.
+
+    >>> tile_columns(4096, "int8"), tile_columns(1440, "bfloat16")
+    (128, 32)
+    """
+    return math.gcd(size, 1024 // dtype_bits(dtype))
+
+
 def widens(p: MatmulProblem) -> bool:
     """Whether the weights of a `core` are multiplied in another dtype than they are stored in."""
     dot = dense.dot_dtype(p)
@@ -138,16 +142,21 @@ def widens(p: MatmulProblem) -> bool:
 
 
 def core(problem: GmmProblem) -> MatmulProblem:
-    """The product that is left without what comes before and after it: rows as they are multiplied."""
+    """The product that is left without what comes before and after it: rows as they are multiplied.
+
+    Rows are as many as the copy engine can tile.
+    """
     p, lhs = problem.product, problem.product.lhs
     if p.quantize_lhs:
         q = p.quantize_lhs
         lhs = Operand(q.dtype, 1, p.m, "float32", 1, q.tile_k or p.k)
     if lhs.dtype in ("int4", "int2"):
         lhs = dataclasses.replace(lhs, dtype="int8")
+    rows = -(-p.m // ALIGNED) * ALIGNED
     return dataclasses.replace(
         p,
-        lhs=lhs,
+        m=rows,
+        lhs=dataclasses.replace(lhs, free=rows),
         out_dtype="float32" if p.epilogue else p.out_dtype,
         rhs_transposed=True,
         quantize_lhs=None,
@@ -165,10 +174,6 @@ def check(problem: GmmProblem, chip: Chip) -> None:
     dense.check(p, chip)
     if p.rhs.zero_point:
         raise NotImplementedError("the grouped kernel has no zero points of the rhs")
-    if p.n * dtype_bits(p.out_dtype) % (8 * dense.ALIGNED):
-        raise NotImplementedError(
-            f"N is {p.n}; the copy engine writes rows of multiples of {dense.ALIGNED} bytes"
-        )
     if dense.varies(p.rhs, p) and p.n % 4:
         raise NotImplementedError(f"N is {p.n}; the copy engine reads multiples of 4 scales")
 
