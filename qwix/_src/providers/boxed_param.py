@@ -262,7 +262,7 @@ class Executor:
             operands, dnums = operands[::-1], swapped(dnums)
         elif plan.weight_side == 0 and act_how is not None:
             operands[1], act_how = self.provider._qarray.quantize(operands[1], act_how), None
-        if isinstance(operands[1], turned.Turned) and sharding is None:
+        if isinstance(operands[1], turned.Turned):
             operands[1], dnums = turned.dot_rhs(operands[1], dnums)
         operands = [*map(turned.canonical, operands)]
         options = {
