@@ -15,6 +15,7 @@ of the weight of together more than `ROTATE_BYTES`. A cell that fails is a row w
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -109,6 +110,7 @@ def _baselines(cell: Cell) -> dict[str, tuple[str, int, int, int]]:
     return found | {"dot": (scheme(cell.scheme).activation, *size)} if _is_8bit(cell) else found
 
 
+@functools.cache
 def _baseline(dtype: str, m: int, k: int, n: int) -> device_trace.Program:
     name, product = ("bf16", gpu_problems.xla_bf16) if dtype == "bfloat16" else ("dot", gpu_problems.xla_dot)
     given = _rotating([jax.ShapeDtypeStruct((1, *s), jnp.dtype(dtype)) for s in ((m, k), (n, k))], 1)
