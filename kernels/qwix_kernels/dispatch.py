@@ -196,17 +196,21 @@ def explain(
 
 def warn_of_fallback(explanation: Explanation, chip: Chip) -> None:
     """Says once per kind of problem and reason that an accelerator runs the portable path."""
-    if chip.platform == "cpu" or not explanation.rejected:
+    found = {impl.name: impl for impl in implementations(explanation.problem)}
+    if chip.platform == "cpu" or found[explanation.chosen].platforms or not explanation.rejected:
         return
+    # Of the kernels for other platforms only where this one has none.
+    here = [(name, why) for name, why in explanation.rejected if chip.platform in found[name].platforms]
+    here = here or list(explanation.rejected)
     scheme = getattr(explanation.problem, "scheme", type(explanation.problem).__name__)
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in explanation.rejected)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in here)
     key = (chip.name, scheme, re.sub(r"\d+", "#", reasons))
     if key in _WARNED:
         return
     _WARNED.add(key)
     warnings.warn(
         f"{scheme} runs through {explanation.chosen} on {chip.name}, not through a kernel ({reasons}). "
-        f"To try a kernel all the same, name it: implementation={explanation.rejected[0][0]!r}; "
+        f"To try a kernel all the same, name it: implementation={here[0][0]!r}; "
         f"to accept this, implementation={explanation.chosen!r}.",
         stacklevel=2,
     )

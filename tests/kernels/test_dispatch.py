@@ -95,6 +95,17 @@ def test_one_warning_for_each_reason():
         dispatch.warn_of_fallback(dispatch.explain(Problem(200), chip), chip)
 
 
+@pytest.mark.parametrize("m", [1024, 1023, 16])
+def test_another_platforms_kernel_is_no_fallback(m):
+    """On a GPU the GPU's kernel runs; that the TPU's does not is nothing to warn of."""
+    chip, w = chips.CHIPS["h100"], problem(m)
+    explained = dispatch.explain(dataclasses.replace(w, rhs_transposed=True), chip)
+    assert explained.chosen == "mosaic_gpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.warn_of_fallback(explained, chip)
+
+
 def test_problems_of_no_op():
     with pytest.raises(TypeError, match=r"No op takes a int; known problems: MatmulProblem"):
         dispatch.explain(3, "v5e")
