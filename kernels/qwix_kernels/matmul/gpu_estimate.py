@@ -4,8 +4,8 @@
     compute   = the thread blocks' turns x (steps of K x the cycles of one step + an epilogue)
     one step  = matrix instructions, beside which weights are widened; scales after the dot come on top
 
-Fitted to an H100 80GB HBM3 (jax 0.11.2, 2026-11-22): the model is within 15 % of 30 measured kernels, which
-docs/gpu.md lists.
+Fitted to 99 kernels and configurations measured on an H100 80GB HBM3 (jax 0.11.2, 2026-11-22): within 15 % of
+89 of them and within 25 % of 97; the geometric mean of estimate over measurement is 0.99.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qwix_kernels.chips import Chip
 from qwix_kernels.dispatch import Estimate
 from qwix_kernels.gpu_blocks import SMEM_BYTES
 from qwix_kernels.matmul import cost
-from qwix_kernels.matmul.gpu_plan import Config, Plan, check, resolve, varies
+from qwix_kernels.matmul.gpu_plan import Config, Plan, check, resolve, scale_k
 from qwix_kernels.problem import MatmulProblem, dtype_bits
 
 LAUNCH_US = 2.8  # from the launch to the first block's arrival, and from the last one's to the end
@@ -99,7 +99,7 @@ def heuristic_config(p: MatmulProblem, chip: Chip) -> Config:
 def _candidates(p: MatmulProblem) -> Iterator[Config]:
     """Blocks worth pricing, with as many stages as fit."""
     rows = next((m for m in (8, 16, 32, 64, 128) if p.m <= m), 256)
-    many = any(varies(x, p) for x in (p.lhs, p.rhs))
+    many = scale_k(p) < p.k
     strategies = ("after", "before") if many else ("once",)
     splits = (1, 2, 4) if p.m <= 64 else (1,)
     for m, (n, wn), wk, k, parts, strategy in itertools.product(

@@ -33,6 +33,8 @@ MEMORY_REGISTERS, _MOST_REGISTERS = 40, 240  # per thread
 _OTHER_REGISTERS = 24  # those that hold no sums
 # The longest sum of products of bytes that is sure to fit int32.
 MOST_K = 1 << 17
+PRECISE = ("high", "highest")
+PROMOTED = 128  # products of 8-bit floats that are summed by the unit, where that matters
 LEAST_BYTES = 32  # of a row, in a tile that the copy engine brings
 
 
@@ -196,8 +198,14 @@ def varies(x: Operand, p: MatmulProblem) -> bool:
 
 
 def scale_k(p: MatmulProblem) -> int:
-    """Neighbours along K that share all scales."""
+    """Neighbours along K that share all scales, and may be summed by the matrix unit.
+
+    Hopper sums products of 8-bit floats with 13 bits behind the binary point of the greatest one. Where more
+    precision is asked for, it sums few of them, and those sums are added in float32.
+    """
     tiles = [x.tile_k for x in (p.lhs, p.rhs) if varies(x, p)]
+    if dot_dtype(p) in FP8 and p.precision in PRECISE:
+        tiles.append(math.gcd(p.k, PROMOTED))
     return math.gcd(*tiles) if tiles else p.k
 
 
@@ -224,8 +232,8 @@ def check(p: MatmulProblem, chip: Chip) -> None:
         raise NotImplementedError("zero points of the rhs go with bfloat16 or float16 rows only")
     if dot == "int8" and p.k > MOST_K:
         raise NotImplementedError(f"sums of {p.k} products of bytes may not fit int32; {MOST_K} do")
-    if p.precision not in (None, "default"):
-        raise NotImplementedError(f"precision {p.precision!r} is XLA's")
+    if p.precision not in (None, "default") and dot not in ("int8", *FP8):
+        raise NotImplementedError(f"precision {p.precision!r} of {dot} is XLA's")
     _check_sizes(p)
     if dtype_bits(p.out_dtype) not in (16, 32):
         raise NotImplementedError(f"results are bfloat16, float16, float32 or int32, not {p.out_dtype}")

@@ -10,6 +10,33 @@ columns or its own part of K, and say that the stage is free.
 
 The result leaves the registers transposed, through shared memory, in chunks of rows. 32-bit results and parts
 of a sum (`Plan.partial`) leave as they are, [splits, batch, N, M], and are finished by XLA.
+
+What was tried, in microseconds of the kernel alone, measured on an H100 80GB HBM3 (jax 0.11.2, 2026-11-22):
+
+    4096 x 4096 x 4096                                     w8a8  wf8af8  w4a16  w8a16  wf8a16
+    XLA: 173 in bfloat16; its own dot of these types         97     126
+    128 columns x 128 rows a warpgroup                       93      98    208    214     194
+    64 columns x 256 rows                                    92      96    177    185     178
+    the pipeline runs over the blocks of the result          90      93    181    186     179
+    a stage is released one step later                      103     105
+    weights are read a step before they are widened                                216     205
+    192 rows; three warpgroups of 64 x 128                  104            233    250     219
+
+    scales of tiles of 128: w8a8 139 (128 x 128 a block), 136 (128 x 192), 132 (256 of K a step); wf8af8 119;
+    w4a16 224 (after the dot), 186 (before)
+    nf4: a tree of selects 446; byte permutations, rows reordered so that threads need not exchange weights
+    516 (330 of them for the rows); byte permutations after the exchange 205
+
+    16 x 4096 x 14336, weights from HBM (a copy of 1 GiB moves 3.03 TB/s)       w4a16   share of the copy
+    one warpgroup, 64 columns, 128 of K a step                                   24.5        40 %
+    two warpgroups                                                               18.2        54
+    four, 2 x 2 over columns and K, 512 of K a step                              16.0        62
+    4-bit weights read 32 bits at a time (64 byte loads before)                  16.2        61
+    ... and rows reordered, so that none are exchanged                           16.6        59
+    each thread block begins elsewhere in K                                      17.0        58
+    K split over thread blocks                                           18.4 to 21.8
+    the same kernel on 16 x 8192 x 28672                                         51.0        77
+    int8 and 8-bit float weights, two warpgroups: w8a8 22.1 (89 %), w8a16 24.7 (79 %), wf8a16 24.8 (79 %)
 """
 
 from __future__ import annotations
