@@ -81,6 +81,8 @@ def test_dispatch(chip):
     x = jax.ShapeDtypeStruct((1, 4096, 4096), jnp.bfloat16)
     plan = dispatch.explain(quantize.problem_of(x, "int8", 127.5, "rows"), chips.chip(chip))
     assert plan.chosen == "mosaic_gpu" and plan.config == gpu.Config(1)
+    few = quantize.problem_of(jax.ShapeDtypeStruct((1, 16, 4096), jnp.bfloat16), "int8", 127.5, "rows")
+    assert dispatch.explain(few, chips.chip(chip)).chosen == "mosaic_gpu"
     columns = dispatch.explain(quantize.problem_of(x, "int8", 127.5, "columns"), chips.chip(chip))
     assert columns.chosen == "xla" and "XLA's" in dict(columns.rejected)["mosaic_gpu"]
 

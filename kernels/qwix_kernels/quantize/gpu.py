@@ -11,6 +11,13 @@ Values and scales are those of XLA to the bit: the reciprocal of a scale is roun
 division that Mosaic emits is not.
 
 Scales by columns are XLA's: a block would hold whole columns, which lie far apart.
+
+Measured on an H100 80GB HBM3 (jax 0.11.2, 2026-11-22), microseconds of bfloat16 rows to int8, and to fp8 with
+scales by 128; copies run at 3051 GB/s there, and here rows at 2860, 3086 and 3102:
+
+               4096 x 4096   16384 x 14336   16 x 14336   16384 x 4096, fp8
+    XLA               38.5           442.6          5.1               135.6
+    here              17.6           228.3          2.9                64.9
 """
 
 from __future__ import annotations
@@ -87,7 +94,7 @@ def check(problem: QuantizeProblem, chip: Chip) -> None:
     _share(p.batch * p.rows, p.columns, p.x_dtype)
 
 
-def check_rows(shape: tuple[int, int, int], dtype: str, how: RowQuantize) -> None:
+def check_rows(shape: tuple[int, ...], dtype: str, how: RowQuantize) -> None:
     """Raises NotImplementedError for rows [batch, M, K] of this dtype that `rows` does not quantize.
 
     >>> check_rows((1, 16, 4096), "bfloat16", RowQuantize("int8", 127.5, 128))
@@ -141,7 +148,8 @@ def estimate(problem: QuantizeProblem, chip: Chip, config: Config) -> Estimate:
     memory = (read + written) / (chip.hbm_gbps * 1e3)
     values = problem.batch * problem.rows * problem.columns
     compute = values / (_LANES * _WARPS) * _CYCLES / (chip.sms * chip.ghz * 1e3)
-    return Estimate(compute, memory, max(compute, memory), memory, f"one pass, {config.rows} rows a block")
+    static = max(compute, memory) + xla.GPU_KERNEL_US
+    return Estimate(compute, memory, static, memory, f"one pass, {config.rows} rows a block")
 
 
 def run(

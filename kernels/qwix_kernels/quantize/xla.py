@@ -15,6 +15,7 @@ from qwix_kernels.quantize.problem import QuantizeProblem
 
 # Up to here, x is likely to stay on the chip between the passes, or to be made by the op before them.
 _KEPT_BYTES = 4 << 20
+GPU_KERNEL_US = 1.5  # of any kernel on a GPU, beside its work
 
 
 def run(problem: QuantizeProblem, x: jax.Array, **_: Any) -> tuple[jax.Array, jax.Array]:
@@ -40,11 +41,14 @@ def convert(x: jax.Array, problem: QuantizeProblem) -> jax.Array:
 
 
 def estimate(problem: QuantizeProblem, chip: Chip, config: None = None) -> Estimate:
-    """x is read twice, unless it stays on the chip."""
+    """x is read twice, unless it stays on the chip, which it does not between two kernels of a GPU."""
     del config
     read, written = problem.bytes
     per_us = chip.hbm_gbps * 1e3
-    passes = 2 if read > _KEPT_BYTES else 0.5
+    on_gpu = chip.platform == "cuda"
+    passes = 2 if on_gpu or read > _KEPT_BYTES else 0.5
     least = (read + written) / per_us
     moved = (passes * read + written) / per_us
-    return Estimate(0.0, moved, moved, least, "a pass for the maxima and one for the values")
+    return Estimate(
+        0.0, moved, moved + 2 * GPU_KERNEL_US * on_gpu, least, "a pass for the maxima and one for the values"
+    )
