@@ -17,7 +17,7 @@ TITLES = {
 
 def show(result: Mapping[str, Any]) -> None:
     """Prints whatever kinds of figures there are, and below them what is lost and why."""
-    console = Console(width=max(150, Console().width))
+    console = Console(width=max(180, Console().width))
     if "device" in result:
         console.print(_table(TITLES["device"], DEVICE_COLUMNS, map(device_line, result["device"])))
         for row in result["device"]:

@@ -94,7 +94,11 @@ def test_incomplete():
 
 @pytest.mark.parametrize(
     "dtype, instruction, count",
-    [("int8", "IGMMA", 8), ("float8_e4m3fn", "QGMMA", 8), ("bfloat16", "HGMMA", 16)],
+    [
+        ("int8", "IGMMA", 8),
+        ("float8_e4m3fn", "QGMMA", 8),
+        pytest.param("bfloat16", "HGMMA", 16, marks=pytest.mark.large),
+    ],
 )
 def test_compiled(dtype, instruction, count):
     (kernel,) = gpu_compile.compiled("h100", "tests.bench.gpu_kernels:product", dtype=dtype).kernels
@@ -126,8 +130,12 @@ def test_kernels_that_were_compiled_before():
         assert by_grid[512 // tile, 2, 1] == alone
 
 
+def test_unknown_chip():
+    with pytest.raises(ValueError, match="h100, b200"):
+        gpu_compile.Compiler("a100")
+
+
+@pytest.mark.large
 def test_refused():
     with gpu_compile.Compiler("b200") as compiler, pytest.raises(RuntimeError, match="wgmma"):
         compiler.compile("tests.bench.gpu_kernels:product", dtype="int8")
-    with pytest.raises(ValueError, match="h100, b200"):
-        gpu_compile.Compiler("a100")

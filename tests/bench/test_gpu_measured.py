@@ -29,7 +29,10 @@ def timed(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w4a16_g128", "wf8af8_b128", "wnf4a16_g64"])
+LARGE = [pytest.param(name, marks=pytest.mark.large) for name in ("wf8af8_b128", "wnf4a16_g64")]
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a16_g128", *LARGE])
 def test_a_row(name, timed, capsys):
     timed["shape"] = (16, 256)
     (row,) = gpu_measured.measure(H100, [Cell("h100", name, 16, 512, 256)], 2)
@@ -47,7 +50,7 @@ def test_a_row(name, timed, capsys):
 
 def test_what_fails_is_a_row(timed):
     timed["shape"] = (1, 1)
-    rows = list(gpu_measured.measure(H100, [Cell("h100", "w8a8_g128", 16, 100, 256)], 2))
+    rows = list(gpu_measured.measure(H100, [Cell("h100", "w4a16_g128", 16, 100, 256)], 2))
     assert "the tile 128 does not divide K=100" in rows[0]["error"]
 
 

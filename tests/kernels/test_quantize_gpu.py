@@ -34,7 +34,7 @@ def _same(got, wanted):
     "dtype, x_dtype, shape",
     [
         ("int8", "bfloat16", (2, 8, 1280)),
-        ("int8", "float32", (1, 4, 384)),
+        pytest.param("int8", "float32", (1, 4, 384), marks=pytest.mark.large),
         pytest.param("float8_e4m3fn", "bfloat16", (1, 8, 2048), marks=pytest.mark.large),
         ("float8_e5m2", "float16", (1, 3, 1024)),
     ],
@@ -52,7 +52,7 @@ def test_run(dtype, x_dtype, shape):
         (RowQuantize("int8", 127.5), (2, 4, 1024)),
         (RowQuantize("int8", 127.5, 128), (1, 16, 512)),
         pytest.param(RowQuantize("int4", 7.5, 64), (1, 16, 256), marks=pytest.mark.large),
-        (RowQuantize("float8_e4m3fn", 448.0, 128), (1, 8, 384)),
+        pytest.param(RowQuantize("float8_e4m3fn", 448.0, 128), (1, 8, 384), marks=pytest.mark.large),
         (RowQuantize("float8_e4m3fn", 448.0, 32, scale_dtype="float8_e8m0fnu"), (1, 32, 128)),
     ],
     ids=str,
