@@ -29,9 +29,13 @@ def of_block(key, block):
     return dataclasses.replace(key, block_id=block)
 
 
-class HalfCopy(gpu_callbacks.AsyncCopyGmemToSmemTask):
+Copy = gpu_callbacks.AsyncCopyGmemToSmemTask
+
+
+class HalfCopy(Copy):
     """A copy of which each block of the pair gets half, or all; the first one's barrier learns of both."""
 
+    replicates = False  # whether copies that are not halved are for both blocks
     halves: dict = {}  # noqa: RUF012  by barrier: the clock of what one block has got, and the other has not
 
     def __call__(self, tma_thread_id):
@@ -57,8 +61,11 @@ class HalfCopy(gpu_callbacks.AsyncCopyGmemToSmemTask):
         self.barrier.arrive(self.thread, other, self.logging_info)
 
 
-def half_copy(*, barrier_allocation_key, **arguments):
-    return HalfCopy(**arguments, barrier_allocation_key=of_block(barrier_allocation_key, 0))
+def copy(*, barrier_allocation_key, **arguments):
+    halves = arguments["src_access"].shape != arguments["dst_access"].shape
+    if halves or HalfCopy.replicates:
+        return HalfCopy(**arguments, barrier_allocation_key=of_block(barrier_allocation_key, 0))
+    return Copy(**arguments, barrier_allocation_key=barrier_allocation_key)
 
 
 def pair_mma(self, pipeline_clock, tma_thread_id):
@@ -69,10 +76,12 @@ def pair_mma(self, pipeline_clock, tma_thread_id):
     if pipeline_clock is not None:
         clock.update(pipeline_clock)
     clock.inc(tma_thread_id)
-    blocks, read = (0, 1), functools.partial(races.check_read, self.thread, clock.async_smem_clock)
+    blocks, read = (0, 1), functools.partial(races.check_read, self.thread, source_info=self.source_info)
+    stored = self.a_key.memory_space_id == self.b_key.memory_space_id  # else it is in tensor memory
     for block in blocks:
-        read(of_block(self.a_key, block), self.a_access, source_info=self.source_info)
-        read(of_block(self.b_key, block), self.b_access, source_info=self.source_info)
+        a_clock = clock.async_smem_clock if stored else clock.generic_clock
+        read(a_clock, of_block(self.a_key, block), self.a_access)
+        read(clock.async_smem_clock, of_block(self.b_key, block), self.b_access)
     b = np.concatenate([content(of_block(self.b_key, block), self.b_access) for block in blocks], axis=1)
     for block in blocks:
         key = of_block(self.acc_key, block)
@@ -110,7 +119,7 @@ def pair_commit(
 
 @pytest.fixture
 def pairs(monkeypatch):
-    monkeypatch.setattr(gpu_callbacks, "AsyncCopyGmemToSmemTask", half_copy)
+    monkeypatch.setattr(gpu_callbacks, "AsyncCopyGmemToSmemTask", copy)
     monkeypatch.setattr(gpu_callbacks.TcGen05Mma, "__call__", pair_mma)
     monkeypatch.setattr(gpu_callbacks, "tcgen05_commit_arrive", pair_commit)
 
@@ -125,6 +134,11 @@ def test_interpreted(pairs, dtype, shape):
     check(tensor(rng, (1, m, k), dtype, scaled), tensor(rng, (1, n, k), dtype, scaled), 64)
 
 
+def test_converted_weights_interpreted(pairs):
+    rng = np.random.default_rng(2)
+    check(tensor(rng, (1, 70, 512), "bfloat16"), tensor(rng, (1, 300, 512), "int4", 128), 128)
+
+
 def test_block_scaled_interpreted(pairs, monkeypatch):
     """Of scales, that they arrive before the product that takes them, which here does without: they are 1."""
 
@@ -133,6 +147,7 @@ def test_block_scaled_interpreted(pairs, monkeypatch):
         plgpu.tcgen05_mma(acc, r.w_s.at[slot], x, r.empty.at[slot], accumulate=accumulate, **both)
 
     monkeypatch.setattr(gpu_sm100_scaled, "multiply", multiply)
+    monkeypatch.setattr(HalfCopy, "replicates", True)
     rng = np.random.default_rng(1)
     lhs, rhs = (tensor(rng, (1, n, 384), "float8_e4m3fn", 32, 1, "float8_e8m0fnu") for n in (70, 300))
     ones = lambda x: Tensor(x.values, jnp.ones_like(x.scale))

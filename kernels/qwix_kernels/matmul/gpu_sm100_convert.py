@@ -23,7 +23,7 @@ def convert(plan: Plan, r: Any, part: int) -> None:
         def step(i: Any) -> None:
             count = at.turn * plan.blocks + i
             slot = lax.rem(count, plan.steps)
-            plgpu.barrier_wait(r.full.at[slot])
+            plgpu.barrier_wait(r.w_full.at[slot])
             for c in range(plan.chunks):
                 chunk = functools.partial(_convert_chunk, plan, r, slot, c, count * plan.chunks + c)
                 mine = lax.rem(count * plan.chunks + c, plan.converters) == part
@@ -33,13 +33,24 @@ def convert(plan: Plan, r: Any, part: int) -> None:
 
     each_item(plan, item)
     uses = item_count(plan) * plan.blocks * plan.chunks
-    settle(r.read, uses, range(part, plan.chunk_slots, plan.converters))
+    for ring in _rings(plan, r):
+        settle(ring, uses, range(part, plan.chunk_slots, plan.converters))
+
+
+def _rings(plan: Plan, r: Any) -> tuple[Any, ...]:
+    """What is awaited before a slot is written again.
+
+    In the second of a pair no other thread looks at `ready`, though both arrive there; and a barrier must not
+    complete twice unseen.
+    """
+    return (r.read, r.ready) if plan.pair else (r.read,)
 
 
 def _convert_chunk(plan: Plan, r: Any, slot: Any, c: int, number: Any) -> None:
     """Chunk `c` of the block in `slot`, `number`-th of this block of threads."""
     chunk_slot = lax.rem(number, plan.chunk_slots)
-    pl.when(number >= plan.chunk_slots)(lambda: plgpu.barrier_wait(r.read.at[chunk_slot]))
+    for ring in _rings(plan, r):
+        pl.when(number >= plan.chunk_slots)(functools.partial(plgpu.barrier_wait, ring.at[chunk_slot]))
     columns = pl.ds(chunk_slot * plan.chunk_k, plan.chunk_k)
     plgpu.async_store_tmem(r.a_t.at[:, columns], _converted(plan, r, slot, c))
     plgpu.commit_tmem()

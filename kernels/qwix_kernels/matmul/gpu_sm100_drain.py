@@ -11,8 +11,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from qwix_kernels.matmul.gpu_sm100_plan import LANES, PAIR, Plan
-from qwix_kernels.matmul.gpu_sm100_work import Item, each_item
+from qwix_kernels.matmul.gpu_sm100_plan import LANES, Plan
+from qwix_kernels.matmul.gpu_sm100_work import Item, each_item, own_column
 
 
 def drain(plan: Plan, r: Any, part: int) -> None:
@@ -20,8 +20,7 @@ def drain(plan: Plan, r: Any, part: int) -> None:
     own = plan.block_m // plan.drains
 
     def item(at: Item) -> None:
-        first = at.column + lax.axis_index(PAIR) * LANES if plan.pair else at.column
-        columns = pl.ds(first, LANES)
+        columns = pl.ds(own_column(plan, at), LANES)
         x, w = (at.batch if b > 1 else 0 for b in (plan.x_batch, plan.w_batch))
         per_row = {}
         if plan.w_scaled and not plan.w_tile_k:

@@ -45,7 +45,7 @@ from qwix_kernels.matmul import gpu_sm100_scaled
 from qwix_kernels.matmul.gpu_sm100_convert import convert
 from qwix_kernels.matmul.gpu_sm100_drain import drain
 from qwix_kernels.matmul.gpu_sm100_plan import LANES, PAIR, Plan
-from qwix_kernels.matmul.gpu_sm100_work import Item, each_item, item_count, loop, settle
+from qwix_kernels.matmul.gpu_sm100_work import Item, each_item, item_count, loop, own_column, settle
 from qwix_kernels.problem import dtype_bits
 
 
@@ -90,7 +90,7 @@ def _scratch(plan: Plan, interpret: bool) -> dict[str, Any]:
     out = transforms(LANES // 2, plan.out_dtype)
     x = transforms(plan.block_k, plan.x_dtype)
     w = transforms(plan.chunk_k if plan.converters else plan.block_k, plan.w_dtype)
-    copies = 2 + plan.converts_scales + 2 * bool(plan.block_scale)
+    copies = 1 if plan.converters else 4 if plan.block_scale else 2
     scratch = {
         "w_s": smem((steps, LANES, plan.block_k), jnp.dtype(plan.w_dtype), transforms=w),
         "x_s": smem((steps, plan.x_rows, plan.block_k), jnp.dtype(plan.x_dtype), transforms=x),
@@ -99,12 +99,16 @@ def _scratch(plan: Plan, interpret: bool) -> dict[str, Any]:
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=steps),
         "empty": tensor(num_barriers=steps),
         "done": tensor(num_barriers=plan.acc_slots),
-        "free": _free(plan),
+        "free": _of_pair(plan, plan.acc_slots, plan.drains),
     }
     if plan.converters:
         columns = plan.chunk_slots * plan.chunk_k
-        scratch["a_t"] = plgpu.TMEM((LANES, columns), jnp.dtype(plan.multiplied), packed=True)
-        scratch["ready"] = tensor(num_barriers=plan.chunk_slots)
+        scratch["a_t"] = plgpu.TMEM(
+            (LANES, columns), jnp.dtype(plan.multiplied), packed=True, collective=plan.pair
+        )
+        weights = 1 + plan.converts_scales
+        scratch["w_full"] = plgpu.Barrier(num_arrivals=weights, num_barriers=steps)
+        scratch["ready"] = _of_pair(plan, plan.chunk_slots)
         scratch["read"] = tensor(num_barriers=plan.chunk_slots)
     if plan.converts_scales:
         scratch["w_scale_s"] = smem((steps, plan.w_scale_tiles, LANES), plan.w_scale_dtype)
@@ -120,12 +124,12 @@ def _scratch(plan: Plan, interpret: bool) -> dict[str, Any]:
     return scratch
 
 
-def _free(plan: Plan) -> Any:
-    """Of a pair, both have read an accumulator before the next one is begun in its place."""
-    facts: dict[str, Any] = {"num_arrivals": plan.drains, "num_barriers": plan.acc_slots}
+def _of_pair(plan: Plan, slots: int, arrivals: int = 1) -> Any:
+    """Barriers at which both of a pair arrive: before TMEM of both is read, or written, by one MMA."""
+    facts: dict[str, Any] = {"num_arrivals": arrivals, "num_barriers": slots, "orders_tensor_core": True}
     if plan.pair:
-        return plgpu.ClusterBarrier(collective_axes=(PAIR,), orders_tensor_core=True, **facts)
-    return plgpu.Barrier(orders_tensor_core=True, **facts)
+        return plgpu.ClusterBarrier(collective_axes=(PAIR,), **facts)
+    return plgpu.Barrier(**facts)
 
 
 def _block_scales(plan: Plan, interpret: bool) -> dict[str, Any]:
@@ -189,11 +193,15 @@ def _load_block(plan: Plan, r: Any, at: Item, i: Any) -> None:
     full, block = r.full.at[slot], at.split * plan.blocks + i
     rows, columns = pl.ds(at.row, plan.block_m), pl.ds(at.column, plan.columns)
     along = pl.ds(block * plan.block_k, plan.block_k)
-    plgpu.copy_gmem_to_smem(r.w.at[w, columns, along], r.w_s.at[slot], full, **halves)
     plgpu.copy_gmem_to_smem(r.x.at[x, rows, along], r.x_s.at[slot], full, **halves)
+    if plan.converters:
+        own, w_full = pl.ds(own_column(plan, at), LANES), r.w_full.at[slot]
+        plgpu.copy_gmem_to_smem(r.w.at[w, own, along], r.w_s.at[slot], w_full)
+    else:
+        plgpu.copy_gmem_to_smem(r.w.at[w, columns, along], r.w_s.at[slot], full, **halves)
     if plan.converts_scales:
         tiles = pl.ds(lax.div(block * plan.block_k, plan.w_tile_k), plan.w_scale_tiles)
-        plgpu.copy_gmem_to_smem(r.w_scale.at[w, tiles, columns], r.w_scale_s.at[slot], full)
+        plgpu.copy_gmem_to_smem(r.w_scale.at[w, tiles, own], r.w_scale_s.at[slot], w_full)
     if plan.block_scale:
         words = pl.ds(block * plan.scale_words, plan.scale_words)
         source = r.w_block_scale.at[w, lax.div(at.column, plan.columns), :, words]
@@ -249,7 +257,7 @@ def _multiply_run(plan: Plan, r: Any, turn: Any, acc_slot: Any, interpret: bool)
         if plan.block_scale:
             gpu_sm100_scaled.multiply(r, acc, slot, i > 0, interpret, **both)
         elif plan.converters:
-            _multiply_chunks(plan, r, acc, count, slot, i > 0)
+            _multiply_chunks(plan, r, acc, count, slot, i > 0, **both)
         else:
             x = r.x_s.at[slot].transpose((1, 0))
             plgpu.tcgen05_mma(acc, r.w_s.at[slot], x, r.empty.at[slot], accumulate=i > 0, **both)
@@ -258,11 +266,14 @@ def _multiply_run(plan: Plan, r: Any, turn: Any, acc_slot: Any, interpret: bool)
     plgpu.tcgen05_commit_arrive(r.done.at[acc_slot], **both)
 
 
-def _multiply_chunks(plan: Plan, r: Any, acc: Any, count: Any, slot: Any, accumulate: Any) -> None:
+def _multiply_chunks(
+    plan: Plan, r: Any, acc: Any, count: Any, slot: Any, accumulate: Any, **both: Any
+) -> None:
     for c in range(plan.chunks):
         chunk_slot = lax.rem(count * plan.chunks + c, plan.chunk_slots)
         plgpu.barrier_wait(r.ready.at[chunk_slot])
         a = r.a_t.at[:, pl.ds(chunk_slot * plan.chunk_k, plan.chunk_k)]
         x = r.x_s.at[slot, :, pl.ds(c * plan.chunk_k, plan.chunk_k)].transpose((1, 0))
-        plgpu.tcgen05_mma(acc, a, x, r.read.at[chunk_slot], accumulate=accumulate if c == 0 else True)
-    plgpu.tcgen05_commit_arrive(r.empty.at[slot])
+        more = accumulate if c == 0 else True
+        plgpu.tcgen05_mma(acc, a, x, r.read.at[chunk_slot], accumulate=more, **both)
+    plgpu.tcgen05_commit_arrive(r.empty.at[slot], **both)

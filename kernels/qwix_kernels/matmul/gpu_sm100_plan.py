@@ -384,7 +384,5 @@ def _check_fit(a: Plan, c: Config) -> None:
         raise NotImplementedError(f"{c} takes {a.smem_bytes} bytes of shared memory of {SMEM_BYTES}")
     if a.drains + a.converters > 6:
         raise NotImplementedError(f"{c}: {a.drains + a.converters} warpgroups besides the first; 6 fit")
-    if a.pair and (a.converters or a.run_k or a.block_m % 32):
-        raise NotImplementedError(
-            f"{c}: pairs take weights as they are, in one run of K, and 32 rows at a time"
-        )
+    if a.pair and (a.run_k or a.block_m % 32):
+        raise NotImplementedError(f"{c}: pairs sum all of K in the tensor core, and take 32 rows at a time")

@@ -15,7 +15,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax import lax
 
-from qwix_kernels.matmul.gpu_sm100_plan import Plan
+from qwix_kernels.matmul.gpu_sm100_plan import LANES, PAIR, Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,11 @@ def each_item(plan: Plan, body: Callable[[Item], None]) -> None:
         batch, split, tile = info.index
         i, j = plgpu.planar_snake(tile, plan.tiles, 0, 8)
         body(Item(info.local_index, batch, split, i * plan.block_m, j * plan.columns))
+
+
+def own_column(plan: Plan, at: Item) -> Any:
+    """The first column of this multiprocessor."""
+    return at.column + lax.axis_index(PAIR) * LANES if plan.pair else at.column
 
 
 def item_count(plan: Plan) -> Any:
