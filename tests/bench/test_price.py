@@ -286,6 +286,7 @@ def test_a_table_of_several_cells_and_an_error_among_them():
     [
         (["--chip", "v5e", "--scheme", "w5a5", "--m", "1"], "Unknown scheme 'w5a5'"),
         (["--chip", "v5e,b200", "--scheme", "w8a8", "--m", "1"], "priced apart from other chips"),
+        (["--suite", "conv", "--chip", "h100"], "--suite conv has no GPUs; matmul and ragged have"),
         (["--chip", "v5e", "--scheme", "w8a8"], "--m is missing"),
         (["--suite", "matmul", "--m", "16"], "leave out --m"),
         (["--suite", "canonical", "--write_misses"], "needs --suite matmul"),
