@@ -1,0 +1,195 @@
+"""TfliteModel: the bytes of a `.tflite` file, to be saved, run by LiteRT's interpreter, and looked into.
+
+What ops there are is read from the file, not from the interpreter, which may have fused some.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+INSTALL = "pip install ai-edge-litert==2.3.0 && pip install --no-deps litert-converter==0.5.0"
+_CASTS = ("QUANTIZE", "DEQUANTIZE")
+
+
+def needed(module: str) -> Any:
+    """A module of LiteRT. Raises ImportError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or module).split(".")[0].replace("_", "-")
+        raise ImportError(f"qwix.odml needs {missing}, which is not installed: {INSTALL}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One op of a file.
+
+    Attributes:
+      name: as LiteRT calls it: "FULLY_CONNECTED".
+      signature: that whose program it is in.
+      inputs, outputs: the types of what it reads and writes, "int8" say, constants left out.
+      constants: the types of the constants that it reads.
+    """
+
+    name: str
+    signature: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: tuple[str, ...] = ()
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it computes with floats; a change between floats and integers does not count."""
+        types = (*self.inputs, *self.outputs)
+        return self.name not in _CASTS and any("float" in name for name in types)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a file holds.
+
+    Attributes:
+      ops: in the order in which they run.
+      bytes: of the file.
+      constant_bytes: of the weights and other constants in it.
+
+    >>> ops = (Op("QUANTIZE", "f", ("float32",), ("int8",)), Op("TANH", "f", ("int8",), ("int8",)))
+    >>> print(Summary(ops, 1000, 64))
+    op        n  inputs   constants  outputs
+    QUANTIZE  1  float32             int8
+    TANH      1  int8                int8
+    1000 bytes, 64 of them constants; no float ops.
+    """
+
+    ops: tuple[Op, ...]
+    bytes: int
+    constant_bytes: int
+
+    @property
+    def float_ops(self) -> tuple[Op, ...]:
+        """The ops that compute with floats."""
+        return tuple(op for op in self.ops if op.is_float)
+
+    def __str__(self) -> str:
+        titles = ("op", "n", "inputs", "constants", "outputs")
+        counts = Counter((op.name, op.inputs, op.constants, op.outputs) for op in self.ops)
+        rows = [titles, *((key[0], str(n), *map(", ".join, key[1:])) for key, n in counts.items())]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        pad = lambda row: "  ".join(text.ljust(n) for text, n in zip(row, widths, strict=True)).rstrip()
+        names = ", ".join(sorted({op.name for op in self.float_ops}))
+        floats = f"{len(self.float_ops)} float ops: {names}" if names else "no float ops"
+        end = f"{self.bytes} bytes, {self.constant_bytes} of them constants; {floats}."
+        return "\n".join([*map(pad, rows), end])
+
+
+@dataclasses.dataclass(frozen=True)
+class TfliteModel:
+    """A `.tflite` file in memory.
+
+    Attributes:
+      content: its bytes.
+    """
+
+    content: bytes = dataclasses.field(repr=False)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TfliteModel:
+        """A file from disk."""
+        return cls(pathlib.Path(path).read_bytes())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file."""
+        pathlib.Path(path).write_bytes(self.content)
+
+    @functools.cached_property
+    def signatures(self) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+        """{name: (names of its inputs, names of its outputs)}."""
+        names = lambda maps: tuple(item.name.decode() for item in maps or ())
+        return {
+            one.signatureKey.decode(): (names(one.inputs), names(one.outputs))
+            for one in self._read.signatureDefs or ()
+        }
+
+    def run(self, inputs: Mapping[str, Any], signature: str | None = None) -> dict[str, np.ndarray]:
+        """Runs a signature by LiteRT's interpreter, on this machine's CPU.
+
+        Args:
+          inputs: {name: array}, of numpy or JAX, with the shapes and dtypes that the file has.
+          signature: which one; may be left out where there is one.
+
+        Returns: {name: array} of the outputs.
+
+        Raises:
+          ValueError: a signature, names, shapes or dtypes that the file does not have.
+          ImportError: ai-edge-litert is not installed.
+        """
+        name = self._chosen(signature)
+        expected = self.signatures[name][0]
+        if set(inputs) != set(expected):
+            raise ValueError(f"{name!r} has the inputs {list(expected)}, got {list(inputs)}.")
+        runner = self._interpreter.get_signature_runner(name)
+        arrays = {key: np.asarray(x) for key, x in jax.device_get(dict(inputs)).items()}
+        for key, details in runner.get_input_details().items():
+            shape, dtype = tuple(map(int, details["shape"])), np.dtype(details["dtype"])
+            if (arrays[key].shape, arrays[key].dtype) != (shape, dtype):
+                raise ValueError(
+                    f"The input {key!r} of {name!r} is {dtype}{list(shape)}, got {arrays[key].dtype}"
+                    f"{list(arrays[key].shape)}."
+                )
+        return {key: np.array(x) for key, x in runner(**arrays).items()}
+
+    def summary(self) -> Summary:
+        """The ops by type, and the bytes; printed, a table."""
+        sizes = [0 if buffer.data is None else len(buffer.data) for buffer in self._read.buffers]
+        ops = tuple(op for name in self.signatures for op in self._ops(name))
+        return Summary(ops, len(self.content), sum(sizes))
+
+    def _chosen(self, signature: str | None) -> str:
+        if signature is None and len(self.signatures) == 1:
+            return next(iter(self.signatures))
+        if signature not in self.signatures:
+            raise ValueError(f"signature is {signature!r}; the file has {list(self.signatures)}.")
+        return signature
+
+    @functools.cached_property
+    def _interpreter(self) -> Any:
+        return needed("ai_edge_litert.interpreter").Interpreter(model_content=self.content)
+
+    @functools.cached_property
+    def _read(self) -> Any:
+        """The file as objects."""
+        return needed("ai_edge_litert.schema_py_generated").ModelT.InitFromPackedBuf(self.content, 0)
+
+    def _ops(self, signature: str) -> list[Op]:
+        (which,) = [
+            one.subgraphIndex for one in self._read.signatureDefs if one.signatureKey.decode() == signature
+        ]
+        schema = needed("ai_edge_litert.schema_py_generated")
+        ops, types = _names(schema.BuiltinOperator), _names(schema.TensorType)
+        graph = self._read.subgraphs[which]
+        is_constant = lambda i: self._read.buffers[graph.tensors[i].buffer].data is not None
+        kinds = lambda places: tuple(types[graph.tensors[i].type].lower() for i in places)
+        found = []
+        for operator in graph.operators:
+            code = self._read.operatorCodes[operator.opcodeIndex]
+            builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
+            name = code.customCode.decode() if code.customCode else ops[builtin]
+            reads = [i for i in operator.inputs if i >= 0]
+            constants = [i for i in reads if is_constant(i)]
+            moving = [i for i in reads if i not in constants]
+            found.append(Op(name, signature, kinds(moving), kinds(operator.outputs), kinds(constants)))
+        return found
+
+
+def _names(enumeration: Any) -> dict[int, str]:
+    return {value: name for name, value in vars(enumeration).items() if isinstance(value, int)}
