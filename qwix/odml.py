@@ -1,11 +1,12 @@
 """On-device ML: JAX functions as `.tflite` files, integer where they are marked, by LiteRT's own converter.
 
-`convert` needs ai-edge-litert and litert-converter, `TfliteModel` the first of them; the message of the
-ImportError says how to install them. `fake_quant` needs neither.
+`convert` needs ai-edge-litert and litert-converter, what is done with a `TfliteModel` the first of them; the
+message of the ImportError says how to install them. `fake_quant` needs neither.
 """
 
 from qwix._src.providers.odml_convert import Signature, convert
 from qwix._src.providers.odml_fake_quant import fake_quant
+from qwix._src.providers.odml_integer_io import with_integer_io
 from qwix._src.providers.odml_model import Op, Summary, TfliteModel
 
-__all__ = ["Op", "Signature", "Summary", "TfliteModel", "convert", "fake_quant"]
+__all__ = ["Op", "Signature", "Summary", "TfliteModel", "convert", "fake_quant", "with_integer_io"]

@@ -14,7 +14,7 @@ import pytest
 
 from qwix import odml
 from qwix._src.providers import odml_model
-from qwix.odml import Op, Signature, Summary, TfliteModel, convert, fake_quant
+from qwix.odml import Op, Signature, Summary, TfliteModel, convert, fake_quant, with_integer_io
 
 MISSING = [name for name in ("ai_edge_litert", "litert_converter") if importlib.util.find_spec(name) is None]
 needs_litert = pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} are missing: {odml_model.INSTALL}")
@@ -195,3 +195,34 @@ def test_wrong_inputs_of_a_run_are_named():
 def test_an_op_without_a_form_in_litert_is_named():
     with pytest.raises(ValueError, match=r"serving_default: it has no form of the ops lapack_\w+"):
         convert(Signature(lambda x: jnp.linalg.eigh(x @ x.T)[0], (X,)))
+
+
+@needs_litert
+def test_integer_inputs_and_outputs_are_those_inside():
+    run = dense("int8", 1, 3)
+    model = convert(
+        Signature(run, (X,), output_names=["y"]), Signature(dense("int8", 1, None), (X,), "other")
+    )
+    integer = with_integer_io(model)
+    assert [op.name for op in integer.summary().ops] == ["FULLY_CONNECTED"] * 2
+    assert integer.signatures == model.signatures
+    (x_scale, x_zero), (y_scale, y_zero) = (integer.quantization("serving_default")[k] for k in ("x", "y"))
+    np.testing.assert_allclose((x_scale, y_scale), [[4 / 255], [0.1]], rtol=1e-6)
+    assert (x_zero, y_zero) == (3, -128) and model.quantization("other") == {}
+    q = np.clip(np.round(X / x_scale) + x_zero, -128, 127).astype(np.int8)
+    got = (integer.run({"x": q}, "serving_default")["y"].astype(np.float32) - y_zero) * y_scale
+    want = model.run({"x": ((q.astype(np.float32) - x_zero) * x_scale).astype(np.float32)}, "serving_default")
+    np.testing.assert_allclose(got, want["y"], rtol=1e-6)
+
+
+@needs_litert
+def test_inputs_and_outputs_that_are_floats_inside_are_named():
+    half = lambda x: fake_quant(jnp.tanh(fake_quant(x, 0.02)), 1 / 128)
+    with pytest.warns(UserWarning, match="float op"):
+        both = convert(Signature(lambda x: (half(x), jnp.sin(x)), (X,)))
+    with pytest.raises(ValueError, match=r"The input 'x' of 'serving_default' is read by \[.*'SIN'.*\]"):
+        with_integer_io(both)
+    with pytest.warns(UserWarning, match="float op"):
+        sine = convert(Signature(lambda x: jnp.sin(half(x)), (X,)))
+    with pytest.raises(ValueError, match=r"The output 'output' .* is made by \['SIN'\]"):
+        with_integer_io(sine)

@@ -154,6 +154,24 @@ class TfliteModel:
         ops = tuple(op for name in self.signatures for op in self._ops(name))
         return Summary(ops, len(self.content), sum(sizes))
 
+    def quantization(self, signature: str | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """{name: (scales, zero points)} of the inputs and outputs that are integers.
+
+        An integer q stands for (q - zero point) * scale.
+        """
+        one = self._definition(self._chosen(signature))
+        tensors = self._read.subgraphs[one.subgraphIndex].tensors
+        found = {}
+        for item in (*one.inputs, *one.outputs):
+            given = tensors[item.tensorIndex].quantization
+            if given is not None and given.scale is not None and len(given.scale):
+                found[item.name.decode()] = np.asarray(given.scale), np.asarray(given.zeroPoint)
+        return found
+
+    def _definition(self, signature: str) -> Any:
+        (one,) = (one for one in self._read.signatureDefs if one.signatureKey.decode() == signature)
+        return one
+
     def _chosen(self, signature: str | None) -> str:
         if signature is None and len(self.signatures) == 1:
             return next(iter(self.signatures))
@@ -171,24 +189,27 @@ class TfliteModel:
         return needed("ai_edge_litert.schema_py_generated").ModelT.InitFromPackedBuf(self.content, 0)
 
     def _ops(self, signature: str) -> list[Op]:
-        (which,) = [
-            one.subgraphIndex for one in self._read.signatureDefs if one.signatureKey.decode() == signature
-        ]
-        schema = needed("ai_edge_litert.schema_py_generated")
-        ops, types = _names(schema.BuiltinOperator), _names(schema.TensorType)
-        graph = self._read.subgraphs[which]
+        which = self._definition(signature).subgraphIndex
+        types = _names(needed("ai_edge_litert.schema_py_generated").TensorType)
+        names, graph = op_names(self._read), self._read.subgraphs[which]
         is_constant = lambda i: self._read.buffers[graph.tensors[i].buffer].data is not None
         kinds = lambda places: tuple(types[graph.tensors[i].type].lower() for i in places)
         found = []
         for operator in graph.operators:
-            code = self._read.operatorCodes[operator.opcodeIndex]
-            builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
-            name = code.customCode.decode() if code.customCode else ops[builtin]
+            name = names[operator.opcodeIndex]
             reads = [i for i in operator.inputs if i >= 0]
             constants = [i for i in reads if is_constant(i)]
             moving = [i for i in reads if i not in constants]
             found.append(Op(name, signature, kinds(moving), kinds(operator.outputs), kinds(constants)))
         return found
+
+
+def op_names(file: Any) -> list[str]:
+    """What each entry of a file's table of ops is called."""
+    builtins = _names(needed("ai_edge_litert.schema_py_generated").BuiltinOperator)
+    number = lambda code: max(code.builtinCode, code.deprecatedBuiltinCode)
+    name = lambda code: code.customCode.decode() if code.customCode else builtins[number(code)]
+    return [name(code) for code in file.operatorCodes]
 
 
 def _names(enumeration: Any) -> dict[int, str]:
