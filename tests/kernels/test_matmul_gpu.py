@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwix_kernels import chips, dispatch
-from qwix_kernels.matmul import gpu, gpu_plan, gpu_registers, gpu_sm90, matmul, reference
+from qwix_kernels.matmul import gpu, gpu_plan, gpu_registers, matmul, reference
 from qwix_kernels.matmul.describe import problem_of
 from qwix_kernels.matmul.gpu import Config
 from qwix_kernels.problem import NF4, Extras, Operand, RowQuantize, Tensor
@@ -94,10 +94,19 @@ def test_integer_accumulators_are_exact_whatever_the_sizes():
     check(lowest(lhs), lowest(rhs), out_dtype="int32")
 
 
-def test_scales_of_both_sides_change_along_k():
+@pytest.mark.parametrize("tile", [128, pytest.param(None, marks=pytest.mark.large)])
+def test_scales_of_the_rows_change_along_k(tile):
+    """And those of the weight too, in other tiles; or the weight has none."""
     rng = np.random.default_rng(2)
-    lhs, rhs = tensor(rng, (1, 16, 256), I8, 64), tensor(rng, (1, 128, 256), I8, 128)
+    lhs, rhs = tensor(rng, (1, 16, 256), I8, 64), tensor(rng, (1, 128, 256), I8, tile)
     check(lhs, rhs, dataclasses.replace(SMALL, block_k=128, strategy="after"))
+
+
+@pytest.mark.large
+def test_precise_sums_of_8_bit_floats():
+    rng = np.random.default_rng(8)
+    lhs, rhs = tensor(rng, (1, 16, 512), F8, 0), tensor(rng, (1, 128, 512), F8, 0)
+    check(lhs, rhs, dataclasses.replace(SMALL, block_k=128, strategy="after"), BF16, precision="highest")
 
 
 @pytest.mark.large
@@ -233,17 +242,17 @@ def test_a_named_implementation_that_cannot_run_raises():
 INSTRUCTION = {I8: "IGMMA", F8: "QGMMA", BF16: "HGMMA"}
 COMPILED = [
     ("w8a8", I8, 4096, 4096, 4096),
-    ("wf8af8", F8, 4096, 4096, 4096),
-    ("w8a8_g128", I8, 4096, 4096, 4096),
-    ("w4a16_g128", BF16, 4096, 4096, 4096),
+    pytest.param(*("wf8af8", F8, 4096, 4096, 4096), marks=pytest.mark.large),
+    pytest.param(*("w8a8_g128", I8, 4096, 4096, 4096), marks=pytest.mark.large),
+    pytest.param(*("w4a16_g128", BF16, 4096, 4096, 4096), marks=pytest.mark.large),
     ("w4a16_g128", BF16, 16, 4096, 14336),
-    ("w8a16", BF16, 16, 4096, 14336),
+    pytest.param(*("w8a16", BF16, 16, 4096, 14336), marks=pytest.mark.large),
     ("wnf4a16_g64", BF16, 4096, 4096, 4096),
-    ("wf8a16", BF16, 4096, 4096, 4096),
+    pytest.param(*("wf8a16", BF16, 4096, 4096, 4096), marks=pytest.mark.large),
     # Sizes that no block divides, which the interpreter takes more easily than the copy engine does.
     ("w8a8", I8, 300, 1056, 528),
     ("w4a16", BF16, 3, 1088, 528),
-    ("w4a8_g128", I8, 100, 1024, 528),
+    pytest.param(*("w4a8_g128", I8, 100, 1024, 528), marks=pytest.mark.large),
 ]
 
 
@@ -269,4 +278,4 @@ def test_the_main_loop_of_native_operands_is_nothing_but_the_matrix_unit():
     kernel = next(kernel for kernel in program.kernels if kernel.matrix)
     assert kernel.main_loop is not None
     assert sum(kernel.main_loop.mix.values()) < 120
-    assert gpu_sm90.MEMORY_REGISTERS in kernel.budgets
+    assert gpu_plan.MEMORY_REGISTERS in kernel.budgets
