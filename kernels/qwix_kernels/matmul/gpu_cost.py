@@ -1,9 +1,9 @@
 """What XLA makes of a matmul on a GPU: cuBLAS, and passes round it that overlap nothing. A static model.
 
 The shares of the peak are those that were measured of 4096 x 4096 x 4096 on an H100 80GB HBM3 (jax 0.11.2,
-2026-11-22): 797 TFLOP/s in bfloat16, 1415 TOP/s in int8, 1088 TFLOP/s in 8-bit floats. The whole op took 215 us in
-w8a8, 171 in fp8, 201 with int8 weights, 202 with int4 ones and 1588 in w8a8 with tiles of 128; this model says 178,
-160, 200, 200 and 2443.
+2026-11-22): 797 TFLOP/s in bfloat16, 1415 TOP/s in int8, 1088 TFLOP/s in 8-bit floats. The whole op took 215
+us in w8a8, 171 in fp8, 201 with int8 weights, 202 with int4 ones and 1588 in w8a8 with tiles of 128; this
+model says 178, 160, 200, 200 and 2443.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def operands(plan: Plan, lhs: Tensor, rhs: Tensor) -> dict[str, jax.Array]:
     if p.rhs.is_quantized or "rhs_scale" in plan.streams:
         scale = jnp.ones((1, 1, 1), jnp.float32) if rhs.scale is None else rhs.scale
         out["rhs_scale"] = _along(scale, p.rhs.free, columns, tiles)
-    if p.lhs.is_quantized:
+    if lhs.scale is not None:
         out["lhs_scale"] = _along(lhs.scale, p.m, rows, tiles if varies(p.lhs, p) else 1)
     if rhs.zero_point is not None:
         out["rhs_zero"] = _along(rhs.zero_point.astype(jnp.int32), p.rhs.free, columns, tiles)
