@@ -384,5 +384,6 @@ def _check_fit(a: Plan, c: Config) -> None:
         raise NotImplementedError(f"{c} takes {a.smem_bytes} bytes of shared memory of {SMEM_BYTES}")
     if a.drains + a.converters > 6:
         raise NotImplementedError(f"{c}: {a.drains + a.converters} warpgroups besides the first; 6 fit")
-    if a.pair and (a.run_k or a.block_m % 32):
-        raise NotImplementedError(f"{c}: pairs sum all of K in the tensor core, and take 32 rows at a time")
+    rows = 64 if a.multiplied == "int8" else 32
+    if a.pair and (a.run_k or a.block_m % rows):
+        raise NotImplementedError(f"{c}: pairs sum all of K in the tensor core, {rows} rows at a time")
