@@ -77,7 +77,9 @@ def _scratch(plan: GmmPlan, emulate: bool) -> dict[str, Any]:
     made: dict[str, Any] = {
         "w": block(c.block_n, rhs),
         "x": block(c.block_m, dot),
-        "sums": plgpu.SMEM((c.warpgroups, c.block_m, c.tile_n), jnp.dtype(out), transforms=swizzled),
+        "leaving": plgpu.SMEM(
+            (c.warpgroups, 2, plan.leaving_m, c.tile_n), jnp.dtype(out), transforms=swizzled
+        ),
         "row": plgpu.SMEM((c.warpgroups, ALIGNED, c.tile_n), jnp.dtype(out)),
     }
     runs = c.block_k // plan.run_k
@@ -186,11 +188,18 @@ def _compute(
     sums = _sums_of_tiles if plan.tiled else _sums
     z, stage = sums(plan, r, me, _steps(plan, fields), stage)
     z = _scaled(plan, r, me, z, turn).astype(plan.core.out_dtype)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    # In this layout a thread's values are neighbours in a row of the result.
-    r["sums"].at[me].transpose((1, 0))[...] = plgpu.layout_cast(z, plgpu.Layout.WGMMA_TRANSPOSED)
-    plgpu.commit_smem()
-    _store(plan, r, me, fields, pl.ds(column * c.block_n + me * c.tile_n, c.tile_n))
+    column = column * c.block_n + me * c.tile_n
+    for number, start in enumerate(range(0, c.block_m, plan.leaving_m)):
+        leaving = r["leaving"].at[me, number % 2]
+        # One group of copies for each part: the last one may still be on its way, from the other place.
+        plgpu.wait_smem_to_gmem(1 if number else 0, wait_read_only=True)
+        part = z[:, start : start + plan.leaving_m]
+        # In this layout a thread's values are neighbours in a row of the result.
+        leaving.transpose((1, 0))[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+        first, lo, hi = (fields[field] for field in (FIRST, LO, HI))
+        _store(plan, leaving, r["row"].at[me], r["out"], column, first + start, lo - start, hi - start)
+        plgpu.commit_smem_to_gmem_group()
     return stage
 
 
@@ -199,14 +208,20 @@ def _sums(plan: GmmPlan, r: dict[str, Any], me: Any, steps: Any, stage: Any) -> 
     c = plan.config
 
     def scope(acc: Any) -> Any:
-        def step(_: Any, stage: Any) -> Any:
-            plgpu.barrier_wait(r["full"].at[stage])
-            _multiply(plan, r, me, stage, acc)
+        def some(_: Any, stage: Any) -> Any:
+            stages = [stage]
+            for _ in range(c.together - 1):
+                stages.append(_next(plan, stages[-1]))
+            for stage in stages:
+                plgpu.barrier_wait(r["full"].at[stage])
+            for stage in stages:
+                _multiply(plan, r, me, stage, acc)
             plgpu.wgmma_wait(0)
-            _release(plan, r, stage)
-            return _next(plan, stage)
+            for stage in stages:
+                _release(plan, r, stage)
+            return _next(plan, stages[-1])
 
-        end = lax.fori_loop(0, steps, step, stage)
+        end = lax.fori_loop(0, lax.div(steps, c.together), some, stage)
         return acc[...], end
 
     return pl.run_scoped(scope, plgpu.ACC((c.tile_n, c.block_m), jnp.dtype(plan.acc)))
@@ -279,36 +294,38 @@ def _scaled(plan: GmmPlan, r: dict[str, Any], me: Any, z: Any, turn: Any) -> Any
     return z
 
 
-def _store(plan: GmmPlan, r: dict[str, Any], me: Any, fields: list[Any], columns: Any) -> None:
-    """Stores the visit's own rows of the warpgroup's sums."""
-    c, sums, out = plan.config, r["sums"].at[me], r["out"]
-    first, lo, hi = (fields[field] for field in (FIRST, LO, HI))
-    whole = (lo == 0) & (hi == c.block_m)
+def _store(plan: GmmPlan, part: Any, row: Any, out: Any, column: Any, first: Any, lo: Any, hi: Any) -> None:
+    """Stores rows lo to hi of a part of the warpgroup's sums, of which row 0 is row `first` of the result."""
+    rows = plan.leaving_m
+    columns = pl.ds(column, plan.config.tile_n)
+    whole = (lo <= 0) & (rows <= hi)
 
     @pl.when(whole)
     def _():
-        plgpu.copy_smem_to_gmem(sums, out.at[pl.ds(first, c.block_m), columns])
+        plgpu.copy_smem_to_gmem(part, out.at[pl.ds(first, rows), columns], commit_group=False)
 
     @pl.when(~whole)
     def _():
-        @pl.loop(0, lax.div(hi + (ALIGNED - 1), ALIGNED))
-        def _(part: Any) -> None:
-            at = pl.multiple_of(part * ALIGNED, ALIGNED)
-            eight = sums.at[pl.ds(at, ALIGNED)]
+        @pl.loop(0, rows // ALIGNED)
+        def _(eighth: Any) -> None:
+            at = pl.multiple_of(eighth * ALIGNED, ALIGNED)
+            eight = part.at[pl.ds(at, ALIGNED)]
             inside = (lo <= at) & (at + ALIGNED <= hi)
 
             @pl.when(inside)
             def _():
-                plgpu.copy_smem_to_gmem(eight, out.at[pl.ds(first + at, ALIGNED), columns])
+                there = out.at[pl.ds(first + at, ALIGNED), columns]
+                plgpu.copy_smem_to_gmem(eight, there, commit_group=False)
 
-            @pl.when(~inside)
+            @pl.when(~inside & (lo < at + ALIGNED) & (at < hi))
             def _():
+                plgpu.commit_smem_to_gmem_group()
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of rows stored before
-                _store_rows(plan, eight, r["row"].at[me], out, columns, first + at, lo - at, hi - at)
+                _store_rows(plan, eight, row, out, column, first + at, lo - at, hi - at)
 
 
 def _store_rows(
-    plan: GmmPlan, eight: Any, row: Any, out: Any, columns: Any, first: Any, lo: Any, hi: Any
+    plan: GmmPlan, eight: Any, row: Any, out: Any, column: Any, first: Any, lo: Any, hi: Any
 ) -> None:
     """Stores rows lo to hi of 8. A copy of fewer than 8 takes rows that lie one after the other, so each is
     picked out of the 8, by a sum of it and zeros, and laid there."""
@@ -317,18 +334,17 @@ def _store_rows(
     z = z if p.out_dtype == "int32" else z.astype(jnp.float32)
     which = lax.broadcasted_iota(jnp.int32, z.shape, 1)
     # A copy of one row is not cut off at the end of the result's row: it would go on in the next one.
-    widths = {width: columns.start + width <= p.n}
+    widths = {width: column + width <= p.n}
     if p.n % width:
-        widths[p.n % width] = columns.start == p.n // width * width
-    for i in range(ALIGNED):
+        widths[p.n % width] = column == p.n // width * width
 
-        @pl.when((lo <= i) & (i < hi))
-        def _(i: int = i) -> None:
-            row.at[i][...] = jnp.sum(jnp.where(which == i, z, 0), axis=1).astype(p.out_dtype)
-            plgpu.commit_smem()
-            for size, fits in widths.items():
+    @pl.loop(jnp.maximum(lo, 0), jnp.minimum(hi, ALIGNED))
+    def _(i: Any) -> None:
+        row.at[i][...] = jnp.sum(jnp.where(which == i, z, 0), axis=1).astype(p.out_dtype)
+        plgpu.commit_smem()
+        for size, fits in widths.items():
 
-                @pl.when(fits)
-                def _(size: int = size) -> None:
-                    there = out.at[first + i, pl.ds(columns.start, size)]
-                    plgpu.copy_smem_to_gmem(row.at[i, pl.ds(0, size)], there)
+            @pl.when(fits)
+            def _(size: int = size) -> None:
+                there = out.at[first + i, pl.ds(column, size)]
+                plgpu.copy_smem_to_gmem(row.at[i, pl.ds(0, size)], there, commit_group=False)

@@ -29,6 +29,7 @@ class Config:
     stages: steps of K that wait in shared memory
     warpgroups: they share the columns
     panel: column blocks that are worked on before the next ones, for all rows
+    together: steps that are multiplied before any of them is waited for
     """
 
     block_m: int
@@ -37,6 +38,7 @@ class Config:
     stages: int
     warpgroups: int = 2
     panel: int = 8
+    together: int = 1
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -115,6 +117,11 @@ class GmmPlan:
         return max(1, dense.scale_k(self.core) // self.config.block_k)
 
     @property
+    def leaving_m(self) -> int:
+        """Rows of the result that leave a warpgroup at a time: a divisor of the block's."""
+        return math.gcd(self.config.block_m, 64)
+
+    @property
     def smem_bytes(self) -> int:
         """Shared memory that the kernel allocates."""
         p, c = self.core, self.config
@@ -122,7 +129,7 @@ class GmmPlan:
         runs = c.block_k // self.run_k
         stage += 4 * runs * (c.block_n * ("rhs" in self.tiled) + c.block_m * ("lhs" in self.tiled))
         whole = 2 * 4 * (c.block_n + c.block_m) if self.whole else 0
-        out = whole + (c.block_m + ALIGNED) * c.block_n * dtype_bits(p.out_dtype) // 8
+        out = whole + (2 * self.leaving_m + ALIGNED) * c.block_n * dtype_bits(p.out_dtype) // 8
         return c.stages * stage + out
 
 
@@ -188,6 +195,8 @@ def resolve(problem: GmmProblem, chip: Chip, config: Config) -> GmmPlan:
         raise NotImplementedError(f"{c}: 8 to 256 rows a block, in multiples of 8")
     if c.block_k % 64:
         raise NotImplementedError(f"{c}: steps of K are multiples of 64")
+    if c.stages < c.together or plan.steps_k % c.together or (c.together > 1 and (plan.widens or plan.tiled)):
+        raise NotImplementedError(f"{c}: {plan.steps_k} steps are not multiplied {c.together} at a time")
     tile = dense.scale_k(plan.core)
     if plan.tiled and math.gcd(tile, c.block_k) != min(tile, c.block_k):
         raise NotImplementedError(f"{c}: steps of {c.block_k} do not fit tiles of {tile}")
