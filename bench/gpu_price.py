@@ -157,7 +157,8 @@ def _row(cell: Any, known: Cache | None) -> Row:
 
 def _program(cell: Any, known: Cache | None) -> gpu_compile.Program:
     what, arguments = cell.request
-    key = f"gpu {cell.chip} {what} {json.dumps(arguments)} {_sources()}"
+    op = "ragged" if what.startswith("bench.gpu_ragged") else "matmul"
+    key = f"gpu {cell.chip} {what} {json.dumps(arguments)} {_sources(cell.chip, op)}"
     if known and (answer := known.get(key)):
         return gpu_compile.program_of(answer)
     program = gpu_compile.compiled(cell.chip, what, **arguments)
@@ -167,19 +168,19 @@ def _program(cell: Any, known: Cache | None) -> gpu_compile.Program:
 
 
 @functools.cache
-def _sources() -> str:
-    """A digest of all that decides a program: the kernels, their tuning, the compilers, the readers."""
+def _sources(chip: str, op: str) -> str:
+    """A digest of all that decides a program: the kernels, the compilers, the readers."""
     import qwix_kernels
 
     kernels, here = pathlib.Path(str(qwix_kernels.__file__)).parent, pathlib.Path(__file__).parent
-    names = (
-        "gpu_compile",
-        "gpu_sass",
-        "gpu_worker",
-        "gpu_problems",
-        "gpu_ragged",
-        "problems",
-        "ragged_problems",
-    )
-    files = [*kernels.rglob("*.py"), *kernels.rglob("*.json"), *(here / f"{name}.py" for name in names)]
-    return " ".join([digest_of_files(files), *(importlib.metadata.version(p) for p in ("jax", "jaxlib"))])
+    names = ("compile", "sass", "worker", "problems", "ragged")
+    read = [here / f"gpu_{name}.py" for name in names] + [here / "problems.py", here / "ragged_problems.py"]
+    apart = {"conv"} if op == "ragged" else {"conv", "ragged_matmul"}
+    other = "gpu_sm100" if chip == "h100" else "gpu_sm90"
+    used = [
+        path
+        for path in kernels.rglob("*.py")
+        if not path.name.startswith(("tpu", other)) and not apart & set(path.relative_to(kernels).parts)
+    ]
+    versions = (importlib.metadata.version(package) for package in ("jax", "jaxlib"))
+    return " ".join([digest_of_files([*used, *read]), *versions])
