@@ -140,15 +140,26 @@ def test_who_sums_what(options):
     check(lhs, rhs, dataclasses.replace(SMALL, **options), BF16)
 
 
-def test_what_is_fused_round_it():
-    """Rows quantized before, bias and activation after, a weight that is stored [K, N]."""
+@pytest.mark.parametrize(
+    "activation, options",
+    [
+        ("silu", {}),
+        pytest.param("relu6", {}, marks=pytest.mark.large),
+        pytest.param("relu", {"splits": 2}, marks=pytest.mark.large),
+        pytest.param("gelu", {}, marks=pytest.mark.large),
+    ],
+    ids=str,
+)
+def test_what_is_fused_round_it(activation, options):
+    """Rows quantized before, bias and activation in the kernel or after it, a weight stored [K, N]."""
     rng = np.random.default_rng(6)
-    lhs, turned = tensor(rng, (1, 16, 64), BF16), tensor(rng, (1, 128, 64), I8, 0)
+    lhs, turned = tensor(rng, (1, 16, 128), BF16), tensor(rng, (1, 128, 128), I8, 0)
     rhs = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), turned)
     extras = Extras(bias=values(rng, (1, 1, 128), "float32"))
     how = RowQuantize(I8, 127.5)
-    problem = problem_of(lhs, rhs, extras, quantize_lhs=how, activation="relu", out_dtype=BF16)
-    got = gpu.run(problem, lhs, rhs, extras, config=SMALL, chip=H100, interpret=INTERPRET)
+    problem = problem_of(lhs, rhs, extras, quantize_lhs=how, activation=activation, out_dtype=BF16)
+    config = dataclasses.replace(SMALL, **options)
+    got = gpu.run(problem, lhs, rhs, extras, config=config, chip=H100, interpret=INTERPRET)
     over = np.abs(np.asarray(got, np.float64) - reference.run(problem, lhs, rhs, extras))
     assert np.all(over <= reference.error_bound(problem, lhs, rhs, extras))
 

@@ -1,9 +1,10 @@
 """Quantized matmul on a GPU: what the kernels take, and what is done before and after them.
 
-The kernels multiply and scale. What they do not is done by XLA round them: rows are normalised and quantized
-before, in one pass over the rows; a low-rank update, a gate and the epilogue come after, on float32 sums. A
-weight that is stored [K, N] is transposed first, as 8-bit matrix instructions read both operands along K:
-prepacked weights (`PtqProvider(prepack="k_major")`) save that.
+The kernels multiply and scale; Hopper's adds a bias and applies an activation. The rest is done by XLA round
+them: rows are normalised and quantized before, in one pass over the rows; a low-rank update, a gate, a
+residual and a quantized result come after, on float32 sums. A weight that is stored [K, N] is transposed
+first, as 8-bit matrix instructions read both operands along K: prepacked weights
+(`PtqProvider(prepack="k_major")`) save that.
 
     compute capability 9.0   gpu_sm90.py     10.0   gpu_sm100.py     others: XLA
 """
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 from qwix_kernels.chips import Chip
 from qwix_kernels.dispatch import Estimate
-from qwix_kernels.matmul import cost, elementwise, gpu_sm90, gpu_sm100
+from qwix_kernels.matmul import cost, elementwise, gpu_plan, gpu_sm90, gpu_sm100
 from qwix_kernels.matmul.gpu_plan import Config as Config
 from qwix_kernels.problem import NO_EXTRAS, Extras, MatmulProblem, Operand, Tensor, dtype_bits
 from qwix_kernels.quantize import gpu as quantize_gpu
@@ -28,13 +29,17 @@ _HBM_SHARE = 0.9
 _PASS_US = 1.5  # a kernel of XLA's, however small
 
 
-def product(p: MatmulProblem) -> MatmulProblem:
+def product(p: MatmulProblem, chip: Chip) -> MatmulProblem:
     """What the kernel is given: prepared rows, a transposed rhs, and float32 sums where more follows.
 
+    Hopper's kernel adds a bias and applies an activation itself, where nothing comes between or after.
+
+    >>> from qwix_kernels import chips
     >>> from qwix_kernels.problem import Operand, RowQuantize
     >>> x, w = Operand("bfloat16", 1, 8), Operand("int8", 1, 32, "float32", 1, 64)
     >>> p = MatmulProblem(8, 64, 32, x, w, "bfloat16", quantize_lhs=RowQuantize("int8", 127.5))
-    >>> product(p).lhs.dtype, product(p).rhs_transposed
+    >>> inner = product(p, chips.chip("h100"))
+    >>> inner.lhs.dtype, inner.rhs_transposed
     ('int8', True)
     """
     m = p.m if p.m <= _ROWS else -(-p.m // _ROWS) * _ROWS
@@ -42,15 +47,17 @@ def product(p: MatmulProblem) -> MatmulProblem:
     if q := p.quantize_lhs:
         stored = "int8" if q.dtype in ("int2", "int4") else q.dtype
         lhs = Operand(stored, p.lhs.batch, m, "float32", 1, q.tile_k or p.k)
+    e = p.epilogue
+    fused = chip.name == "h100" and not p.low_rank and e and gpu_plan.fuses(e)
     return dataclasses.replace(
         p,
         m=m,
         lhs=lhs,
-        out_dtype="float32" if p.epilogue or p.low_rank else p.out_dtype,
+        out_dtype="float32" if (e and not fused) or p.low_rank else p.out_dtype,
         rhs_transposed=True,
         quantize_lhs=None,
         norm=None,
-        epilogue=None,
+        epilogue=e if fused else None,
         low_rank=None,
     )
 
@@ -67,18 +74,18 @@ def _of(chip: Chip) -> Any:
 
 def check(problem: MatmulProblem, chip: Chip) -> None:
     """Raises NotImplementedError, naming the constraint, for what no kernel takes."""
-    _of(chip).check(product(problem), chip)
+    _of(chip).check(product(problem, chip), chip)
 
 
 def heuristic_config(problem: MatmulProblem, chip: Chip) -> Any:
     """Blocks of the kernel: a `Config`, or that of gpu_sm100."""
-    return _of(chip).heuristic_config(product(problem), chip)
+    return _of(chip).heuristic_config(product(problem, chip), chip)
 
 
 def estimate(problem: MatmulProblem, chip: Chip, config: Any) -> Estimate:
     """Static cost of the kernel and of the passes round it."""
     p = problem
-    kernel = _of(chip).estimate(product(p), chip, config)
+    kernel = _of(chip).estimate(product(p, chip), chip, config)
     per_us = chip.hbm_gbps * 1e3 * _HBM_SHARE
     passes, moved = 0, 0.0
     if p.norm or p.quantize_lhs:
@@ -91,7 +98,7 @@ def estimate(problem: MatmulProblem, chip: Chip, config: Any) -> Estimate:
     if p.m > _ROWS and p.m % _ROWS:
         passes += 2
         moved += 2 * (cost.operand_bytes(p.lhs, p.k) + cost.result_bytes(p))
-    if p.epilogue or p.low_rank:
+    if (p.epilogue and not product(p, chip).epilogue) or p.low_rank:
         passes += 1
         moved += cost.result_bytes(p, "float32") * p.products + cost.epilogue_bytes(p)
     more = passes * _PASS_US + moved / per_us + cost.low_rank_us(p, chip)
@@ -115,16 +122,19 @@ def run(
     interpret: Any = False,
 ) -> jax.Array | Tensor:
     """As the op: [batch, M, N], and the scales of a result that is quantized."""
-    inner = product(problem)
+    inner = product(problem, chip)
     rows = _padded(_prepared(problem, lhs, extras, interpret), inner.m)
 
     def multiplied(weight: Tensor) -> jax.Array:
         if not problem.rhs_transposed:
             weight = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), weight)
-        made = _of(chip).run(inner, rows, weight, config=config, chip=chip, interpret=interpret)
+        fused = {"bias": extras.bias} if inner.epilogue else {}
+        made = _of(chip).run(inner, rows, weight, config=config, chip=chip, interpret=interpret, **fused)
         return made[:, : problem.m]
 
     z = multiplied(rhs)
+    if inner.epilogue:
+        return z
     if problem.low_rank:
         z = elementwise.add_low_rank(problem, z, lhs.values, extras)
     gate = None if extras.gate is None else multiplied(extras.gate)

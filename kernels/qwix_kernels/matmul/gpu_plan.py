@@ -18,11 +18,12 @@ import math
 
 from qwix_kernels.chips import Chip
 from qwix_kernels.gpu_blocks import SMEM_BYTES
-from qwix_kernels.problem import MatmulProblem, Operand, dtype_bits
+from qwix_kernels.problem import Epilogue, MatmulProblem, Operand, dtype_bits
 
 STRATEGIES = ("once", "after", "before")
 FP8 = ("float8_e4m3fn", "float8_e5m2")
 WIDE = ("bfloat16", "float16")
+ACTIVATIONS = ("relu", "relu6", "silu")
 # What weights are widened from, by what they are multiplied as.
 WIDENED = {
     "bfloat16": ("int8", "int4", *FP8),
@@ -187,6 +188,16 @@ def registers(warpgroups: int) -> int:
     return min(_MOST_REGISTERS, freed // warpgroups // 8 * 8)
 
 
+def fuses(e: Epilogue) -> bool:
+    """Whether the kernel does this epilogue itself: a bias, and an activation of `ACTIVATIONS`.
+
+    >>> fuses(Epilogue(bias=True, activation="relu")), fuses(Epilogue(bias=True, residual="bfloat16"))
+    (True, False)
+    """
+    rest = dataclasses.replace(e, bias=False, activation=None)
+    return rest == Epilogue() and e.activation in (None, *ACTIVATIONS)
+
+
 def dot_dtype(p: MatmulProblem) -> str:
     """The dtype that a problem's operands are multiplied in: that of the rows; bytes for 4-bit rows."""
     return "int8" if p.lhs.dtype == "int4" else p.lhs.dtype
@@ -212,7 +223,7 @@ def scale_k(p: MatmulProblem) -> int:
 def check(p: MatmulProblem, chip: Chip) -> None:
     """Raises NotImplementedError, naming the constraint, for a product that the kernel does not take.
 
-    `p` has no prologue and no epilogue, and a transposed rhs: gpu.py sees to that.
+    `p` has no prologue, no epilogue but what `fuses`, and a transposed rhs: gpu.py sees to that.
     """
     if chip.name != "h100":
         raise NotImplementedError(f"this kernel is for compute capability 9.0 (Hopper), not for {chip.name}")

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwix_kernels.chips import Chip
 from qwix_kernels.gpu_blocks import WARPGROUP, interpreted, transforms
 from qwix_kernels.matmul import gpu_sm90_kernel
+from qwix_kernels.matmul.elementwise import activate
 from qwix_kernels.matmul.gpu_estimate import estimate, heuristic_config
 from qwix_kernels.matmul.gpu_plan import Config, Plan, check, resolve, varies
 from qwix_kernels.problem import MatmulProblem, Tensor, dtype_bits
@@ -28,14 +29,23 @@ __all__ = ["Config", "check", "estimate", "heuristic_config", "run"]
 
 
 def run(
-    problem: MatmulProblem, lhs: Tensor, rhs: Tensor, *, config: Config, chip: Chip, interpret: Any = False
+    problem: MatmulProblem,
+    lhs: Tensor,
+    rhs: Tensor,
+    bias: jax.Array | None = None,
+    *,
+    config: Config,
+    chip: Chip,
+    interpret: Any = False,
 ) -> jax.Array:
-    """[batch, M, N] in `problem.out_dtype`, of lhs [batch or 1, M, K] and rhs [batch or 1, N, K].
+    """[batch, M, N] in `problem.out_dtype`: lhs [batch, M, K] times rhs [batch, N, K], plus bias [batch, 1, N].
+
+    A batch of 1 is shared.
 
     Raises NotImplementedError where the config does not fit the problem.
     """
     plan = resolve(problem, chip, config)
-    named = operands(plan, lhs, rhs)
+    named = operands(plan, lhs, rhs, bias)
     scratch = scratch_types(plan, bool(interpret))
     sms = min(chip.sms, plan.items)
     made = plgpu.kernel(
@@ -54,7 +64,7 @@ def run(
     return _finished(plan, made, named) if plan.partial else made
 
 
-def operands(plan: Plan, lhs: Tensor, rhs: Tensor) -> dict[str, jax.Array]:
+def operands(plan: Plan, lhs: Tensor, rhs: Tensor, bias: jax.Array | None) -> dict[str, jax.Array]:
     """What the kernel reads, by name. Scales are float32, and have an entry for each row that a block has."""
     p, c = plan.problem, plan.config
     rows, columns = plan.blocks[0] * c.block_m, plan.blocks[1] * c.block_n
@@ -68,6 +78,8 @@ def operands(plan: Plan, lhs: Tensor, rhs: Tensor) -> dict[str, jax.Array]:
         out["lhs_scale"] = _along(lhs.scale, p.m, rows, tiles if varies(p.lhs, p) else 1)
     if rhs.zero_point is not None:
         out["rhs_zero"] = _along(rhs.zero_point.astype(jnp.int32), p.rhs.free, columns, tiles)
+    if bias is not None:
+        out["bias"] = _along(jnp.swapaxes(bias, 1, 2), p.n, columns, 1)
     return out
 
 
@@ -98,7 +110,9 @@ def _finished(plan: Plan, parts: jax.Array, named: dict[str, jax.Array]) -> jax.
         z = z * named["rhs_scale"][:, 0, None, : p.n]
     if "lhs_scale" in named and not varies(p.lhs, p):
         z = z * named["lhs_scale"][:, 0, : p.m, None]
-    return z.astype(p.out_dtype)
+    if "bias" in named:
+        z = z + named["bias"][:, :, : p.n]
+    return activate(z, p.epilogue and p.epilogue.activation).astype(p.out_dtype)
 
 
 def scratch_types(plan: Plan, interpret: bool) -> dict[str, Any]:

@@ -51,13 +51,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwix_kernels.matmul import gpu_values
+from qwix_kernels.matmul.elementwise import activate
 from qwix_kernels.matmul.gpu_plan import MEMORY_REGISTERS, Plan
 
 # Blocks of rows that are worked on together, so that what they share stays in the L2 cache.
 _TOGETHER = 8
 # Up to so many rows, scales are fetched before the sum: they take few registers then.
 _EARLY = 64
-Scales = tuple[jax.Array | None, jax.Array | None]
+Scales = tuple[jax.Array | None, jax.Array | None, jax.Array | None]
 
 
 def kernel(plan: Plan, sms: int, refs: dict[str, Any]) -> None:
@@ -293,19 +294,22 @@ def _leave(mine: _Mine, split, batch, i, j, z: jax.Array, scales: Scales | None)
 
 
 def _scales(mine: _Mine, batch, i, j) -> Scales:
-    """What the whole sum is multiplied with: the columns' scales, and the rows'."""
+    """What the whole sum is multiplied with, the columns' scales and the rows', and the bias."""
     plan, refs, c = mine.plan, mine.refs, mine.plan.config
 
     def of(name: str, first, size: int) -> jax.Array:
         ref = refs[name]
         return plgpu.load(ref.at[_batch_of(ref, batch), 0, pl.ds(first, size)], optimized=False)
 
-    columns = rows = None
+    columns = rows = bias = None
+    first = j * c.block_n + mine.column * plan.tile_n
     if "rhs_scale" in refs and c.strategy == "once" and not plan.partial:
-        columns = of("rhs_scale", j * c.block_n + mine.column * plan.tile_n, plan.tile_n)
+        columns = of("rhs_scale", first, plan.tile_n)
     if "lhs_scale" in refs and "lhs_scale_stages" not in refs and not plan.partial:
         rows = of("lhs_scale", i * c.block_m, c.block_m)
-    return columns, rows
+    if "bias" in refs and not plan.partial:
+        bias = of("bias", first, plan.tile_n)
+    return columns, rows, bias
 
 
 def _store(mine: _Mine, split, batch, i, j, z: jax.Array, scales: Scales | None) -> None:
@@ -315,9 +319,11 @@ def _store(mine: _Mine, split, batch, i, j, z: jax.Array, scales: Scales | None)
     columns = pl.ds(j * c.block_n + column * plan.tile_n, plan.tile_n)
     if not plan.partial:
         z = z.astype(jnp.float32)
-        for axis, scale in enumerate(_scales(mine, batch, i, j) if scales is None else scales):
+        *factors, bias = _scales(mine, batch, i, j) if scales is None else scales
+        for axis, scale in enumerate(factors):
             z = z if scale is None else z * lax.broadcast_in_dim(scale, z.shape, (axis,))
-        z = z.astype(p.out_dtype)
+        z = z if bias is None else z + lax.broadcast_in_dim(bias, z.shape, (0,))
+        z = activate(z, p.epilogue and p.epilogue.activation).astype(p.out_dtype)
     out = refs["out"].at[split, batch] if plan.partial else refs["out"].at[batch]
     for number, start in enumerate(range(0, c.block_m, plan.epilogue_m)):
         chunk = z[:, start : start + plan.epilogue_m]
