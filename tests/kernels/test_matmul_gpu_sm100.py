@@ -1,6 +1,7 @@
 """The Blackwell matmul kernel, interpreted with race detection, and compiled for a B200."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,8 +95,8 @@ def test_runs_of_k_are_scaled_on_their_own(lhs, rhs, config):
 @pytest.mark.parametrize(
     ("lhs", "rhs", "config", "splits"),
     [
-        (("bfloat16",), ("int4", 32), Config(32, 128, 2, converters=2), 1),
-        (("bfloat16",), ("int8", 0), Config(32, 128, 2), 2),
+        (("bfloat16",), ("int4", 32), Config(32, 128, 2, converters=2), 2),
+        pytest.param(("bfloat16",), ("int8", 0), Config(32, 128, 2), 1, marks=pytest.mark.large),
         pytest.param(("bfloat16",), ("int4", 256), Config(16, 256, 2), 1, marks=pytest.mark.large),
         pytest.param(("bfloat16",), ("float8_e4m3fn", 128), Config(32, 128, 2), 1, marks=pytest.mark.large),
         pytest.param(("float16",), ("float8_e5m2", 0), Config(32, 128, 2), 1, marks=pytest.mark.large),
@@ -115,7 +116,7 @@ def test_converted_weights(lhs, rhs, config, splits):
 @pytest.mark.parametrize(
     ("dtype", "tile_k", "scale_dtype", "shape"),
     [
-        ("float8_e4m3fn", 32, "float8_e8m0fnu", (40, 320, 136)),
+        pytest.param("float8_e4m3fn", 32, "float8_e8m0fnu", (40, 320, 136), marks=pytest.mark.large),
         pytest.param("float4_e2m1fn", 32, "float8_e8m0fnu", (200, 256, 130), marks=pytest.mark.large),
         ("float4_e2m1fn", 16, "float8_e4m3fn", (40, 160, 128)),
     ],
@@ -143,6 +144,7 @@ def test_scales_lie_as_the_tensor_core_reads_them():
     assert not got[0, 0, 1, :, :, 4:].any()  # rows 160 to 255 of the first block are none of its own
 
 
+@pytest.mark.large
 def test_scales_of_tiles_of_rows():
     rng = np.random.default_rng(4)
     lhs = tensor(rng, (1, 32, 64), "int8", 0, tile_free=32)
@@ -181,7 +183,7 @@ def test_copies_need_aligned_rows():
 def shaped(scheme, m, k, n):
     """(lhs, rhs) of a scheme, described only."""
     x, w, tile_k, scale_dtype, rows = SCHEMES[scheme]
-    make = jax.ShapeDtypeStruct
+    make: Any = jax.ShapeDtypeStruct
 
     def side(free, dtype, scaled, tile):
         scale = make((1, free, k // (tile or k)), jnp.dtype(scale_dtype)) if scaled else None

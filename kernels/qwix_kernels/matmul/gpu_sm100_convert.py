@@ -79,7 +79,7 @@ def _chunk_scales(plan: Plan, r: Any, slot: Any, c: int) -> jax.Array:
     A thread's columns are known when it is compiled, so that nothing is left of the selects.
     """
     shape, tile = (LANES, plan.chunk_k), min(plan.w_tile_k, plan.chunk_k)
-    spread = None
+    spread: Any = None
     for first in reversed(range(0, plan.chunk_k, tile)):
         row = (c * plan.chunk_k + first) // plan.w_tile_k
         scale = plgpu.load(r.w_scale_s.at[slot, row], optimized=False)

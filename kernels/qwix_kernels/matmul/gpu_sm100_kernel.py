@@ -1,8 +1,8 @@
 """The Blackwell matmul kernel: out^T = W x^T on tcgen05, by threads that each do one thing and never stop.
 
 Weights are the left operand of the instruction: 128 of their rows are the 128 lanes of tensor memory (TMEM),
-and rows of the activations are its columns, so that a decode step of 16 rows wastes nothing. A block goes
-through its share of the work items (batch, part of K, tile of the result), and
+and rows of the activations are its columns, so that a decode step of 16 rows wastes nothing. A block of
+threads goes through its share of the work items (batch, part of K, tile of the result), and
 
     load      one warp: copies (TMA) of blocks of both operands, `steps` ahead, and of scales along K
     multiply  one warp: MMAs from shared memory into a ring of accumulators in TMEM
@@ -13,19 +13,41 @@ through its share of the work items (batch, part of K, tile of the result), and
 
 What hands over what, all of them rings of barriers:
 
-    full      load -> multiply, convert     a block is in shared memory
-    empty     multiply -> load              ... and was read
-    ready     convert -> multiply           converted weights are in TMEM
-    read      multiply -> convert           ... and were read
-    done      multiply -> drain             an accumulator is complete
-    free      drain -> multiply             ... and was read
-    scales_full, scales_free                load -> drain -> load
+    full      load -> multiply      a block is in shared memory (of weights that are converted: w_full)
+    empty     multiply -> load      ... and was read
+    ready     convert -> multiply   converted weights are in TMEM
+    read      multiply -> convert   ... and were read
+    done      multiply -> drain     an accumulator is complete
+    free      drain -> multiply     ... and was read
+    scales_full, scales_free        load -> drain -> load
+
+A pair of multiprocessors has one tile of 256 columns: each holds half of the weights' rows and half of the
+activations', the first one issues the MMAs of both (2CTA), and `full` and `free` are awaited by it for both.
 
 Edges need nothing special: copies from outside an operand fill with zeros, which adds nothing, and copies to
-the result are clipped. Scales are padded by the caller to whole tiles.
+the result are clipped. Scales are padded by the caller to whole tiles. Each ring's last arrivals are awaited
+before a block ends: nothing writes to shared memory that is no longer the block's.
 
-Each ring's last arrivals are awaited before a block ends: nothing writes to shared memory that is no longer
-the block's.
+What was tried, in static facts of 4096 x 4096 x 4096 for sm_100a (jax 0.12.0; the same in 0.11.2). Nothing
+here was measured on a GPU.
+
+    int8, 128 x 256 tiles       66 registers a thread, no spills, 4 UTCIMMA of K 32 a block of 128
+    ... storing as TCGEN05_TRANSPOSED   129 byte permutations and 130 stores a tile; the layout that the
+                                compiler chooses by itself has 32 STSM.T: kept
+    ... waits in one loop of all roles  each role has a loop of its own, or rings cannot be settled: 0.11.2's
+                                interpreter refuses that
+    a pair, 256 x 256 tiles     a multiprocessor copies 64 bytes a cycle of MMA where one alone copies 96,
+                                and L2 gives it 64: kept wherever it is cheaper by the estimate
+    runs of K in registers      block_m 256: 136 bytes spilled; 128 and two drains: 156 registers, none
+    weights of 4 bits           2 UTCHMMA chunks of 128 of K: 4 LDS.128 a thread, 1.4 instructions a weight.
+                                Chunks of 64 cut rows of 32 bytes for the copies; slices of a block for
+                                scales of 32 along K need rows of 16 bytes. Selects between scales instead
+                                cost nothing: they are gone from the machine code (64 HMUL2, 8 a scale)
+    a fence per chunk           what threads have read the copy engine writes next: without it the
+                                interpreter finds a race
+
+The main loop (the MMA warp's) has 49 to 156 instructions for 4 or 8 MMAs, most of them uniform ones that make
+descriptors.
 """
 
 from __future__ import annotations
@@ -142,7 +164,7 @@ def _block_scales(plan: Plan, interpret: bool) -> dict[str, Any]:
             scratch[f"{name}_wide_s"] = plgpu.SMEM(wide, jnp.float32)
         else:
             shape = (tiles * gpu_sm100_scaled.ROWS, plan.scale_words * gpu_sm100_scaled.ALONG)
-            layout = plgpu.TMEMLayout.SCALES_LAYOUT()
+            layout: Any = plgpu.TMEMLayout.SCALES_LAYOUT()
             scratch[f"{name}_scale_t"] = plgpu.TMEM(shape, dtype, layout=layout, collective=plan.pair)
     return scratch
 
@@ -194,14 +216,14 @@ def _load_block(plan: Plan, r: Any, at: Item, i: Any) -> None:
     rows, columns = pl.ds(at.row, plan.block_m), pl.ds(at.column, plan.columns)
     along = pl.ds(block * plan.block_k, plan.block_k)
     plgpu.copy_gmem_to_smem(r.x.at[x, rows, along], r.x_s.at[slot], full, **halves)
+    own = pl.ds(own_column(plan, at), LANES)
     if plan.converters:
-        own, w_full = pl.ds(own_column(plan, at), LANES), r.w_full.at[slot]
-        plgpu.copy_gmem_to_smem(r.w.at[w, own, along], r.w_s.at[slot], w_full)
+        plgpu.copy_gmem_to_smem(r.w.at[w, own, along], r.w_s.at[slot], r.w_full.at[slot])
     else:
         plgpu.copy_gmem_to_smem(r.w.at[w, columns, along], r.w_s.at[slot], full, **halves)
     if plan.converts_scales:
         tiles = pl.ds(lax.div(block * plan.block_k, plan.w_tile_k), plan.w_scale_tiles)
-        plgpu.copy_gmem_to_smem(r.w_scale.at[w, tiles, own], r.w_scale_s.at[slot], w_full)
+        plgpu.copy_gmem_to_smem(r.w_scale.at[w, tiles, own], r.w_scale_s.at[slot], r.w_full.at[slot])
     if plan.block_scale:
         words = pl.ds(block * plan.scale_words, plan.scale_words)
         source = r.w_block_scale.at[w, lax.div(at.column, plan.columns), :, words]
