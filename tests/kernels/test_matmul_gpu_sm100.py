@@ -64,10 +64,10 @@ SMALL = Config(block_m=32, block_k=64, steps=2)
     ("dtype", "out_dtype", "shape", "batches"),
     [
         ("int8", "int32", (40, 128, 136), (1, 1)),
-        ("float8_e4m3fn", "bfloat16", (70, 144, 160), (2, 1)),
-        pytest.param("bfloat16", "float32", (33, 80, 100), (2, 2), marks=pytest.mark.large),
+        ("float8_e4m3fn", "bfloat16", (70, 160, 160), (2, 1)),
+        pytest.param("bfloat16", "float32", (33, 80, 104), (2, 2), marks=pytest.mark.large),
         pytest.param("float16", "float16", (16, 64, 128), (1, 2), marks=pytest.mark.large),
-        pytest.param("int8", "float32", (1, 16, 1), (1, 1), marks=pytest.mark.large),
+        pytest.param("int8", "float32", (1, 32, 8), (1, 1), marks=pytest.mark.large),
     ],
 )
 def test_native(dtype, out_dtype, shape, batches):
@@ -117,8 +117,8 @@ def test_converted_weights(lhs, rhs, config, splits):
     ("dtype", "tile_k", "scale_dtype", "shape"),
     [
         pytest.param("float8_e4m3fn", 32, "float8_e8m0fnu", (40, 320, 136), marks=pytest.mark.large),
-        pytest.param("float4_e2m1fn", 32, "float8_e8m0fnu", (200, 256, 130), marks=pytest.mark.large),
-        ("float4_e2m1fn", 16, "float8_e4m3fn", (40, 160, 128)),
+        pytest.param("float4_e2m1fn", 32, "float8_e8m0fnu", (200, 256, 136), marks=pytest.mark.large),
+        ("float4_e2m1fn", 16, "float8_e4m3fn", (37, 192, 128)),
     ],
 )
 def test_block_scaled(dtype, tile_k, scale_dtype, shape):
@@ -172,8 +172,11 @@ def test_refusals_name_the_constraint(lhs, rhs, reason):
 
 def test_copies_need_aligned_rows():
     rng = np.random.default_rng(6)
+    lhs, rhs = tensor(rng, (1, 8, 32), "int8", 0), tensor(rng, (1, 15, 32), "int8", 0)
+    with pytest.raises(NotImplementedError, match="N is 15; the copy engine needs multiples of 8"):
+        gpu_sm100.check(problem_of(lhs, rhs, rhs_transposed=True), chips.chip("b200"))
     lhs, rhs = tensor(rng, (1, 8, 24), "int8", 0), tensor(rng, (1, 16, 24), "int8", 0)
-    with pytest.raises(NotImplementedError, match="24 bytes; the copy engine needs multiples of 16"):
+    with pytest.raises(NotImplementedError, match="24 bytes; the copy engine needs multiples of 32"):
         gpu_sm100.check(problem_of(lhs, rhs, rhs_transposed=True), chips.chip("b200"))
 
 
@@ -216,13 +219,13 @@ def problem(scheme, m, k=4096, n=4096):
     return problem_of(lhs, rhs, rhs_transposed=True, out_dtype="bfloat16")
 
 
-def program(scheme, m, pair=False):
+def program(scheme, m, k=4096, n=4096, pair=False):
     """For a process that compiles: the function, and its arguments' shapes."""
-    chip, described = chips.chip("b200"), problem(scheme, m)
+    chip, described = chips.chip("b200"), problem(scheme, m, k, n)
     config = gpu_sm100.heuristic_config(described, chip)
     config = Config(256, config.block_k, 6, pair=True) if pair else config
     run = lambda a, b: gpu_sm100.run(described, a, b, config=config, chip=chip)
-    return run, shaped(scheme, m, 4096, 4096)
+    return run, shaped(scheme, m, k, n)
 
 
 MATRIX = {"int8": "UTCIMMA", "float8_e4m3fn": "UTCQMMA", "bfloat16": "UTCHMMA", "float4_e2m1fn": "UTCOMMA"}
@@ -245,3 +248,21 @@ def test_compiles_for_b200(scheme, m):
     assert kernel.highest_register < kernel.register_budget
     assert any(name.startswith(MATRIX[SCHEMES[scheme][0]]) for name in kernel.matrix), kernel.matrix
     assert kernel.tma_loads >= 2 and kernel.tma_stores >= 1
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(
+    ("scheme", "m", "k", "n"),
+    [
+        ("w8a8", 20, 4128, 4104),
+        ("w4a16_g32", 130, 4160, 2056),
+        ("mxfp8", 1, 1056, 200),
+        ("nvfp4", 75, 2112, 1000),
+        ("w4a8_g128", 100, 640, 264),
+    ],
+)
+def test_odd_sizes_compile_for_b200(scheme, m, k, n):
+    what = "tests.kernels.test_matmul_gpu_sm100:program"
+    made = gpu_compile.compiled("b200", what, scheme=scheme, m=m, k=k, n=n)
+    (kernel,) = made.kernels
+    assert not kernel.spill_bytes and not kernel.local_in_loops

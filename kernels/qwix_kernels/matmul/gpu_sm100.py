@@ -40,7 +40,8 @@ def run(
     Raises NotImplementedError where the config does not fit the problem.
     """
     a = plan(problem, chip, config)
-    operands = {"x": lhs.values.astype(a.x_dtype), "w": rhs.values}
+    missing = ((0, 0), (0, a.m - problem.m), (0, 0))
+    operands = {"x": jnp.pad(lhs.values.astype(a.x_dtype), missing), "w": rhs.values}
     if a.block_scale:
         operands["x_block_scale"] = gpu_sm100_scaled.arranged(_by_row(lhs), a.block_m)
         operands["w_block_scale"] = gpu_sm100_scaled.arranged(_by_row(rhs), a.columns)
@@ -48,7 +49,7 @@ def run(
         operands["x_scale"] = _padded(_by_row(lhs).astype(jnp.float32), a.block_m, a.x_tile_k)
     if a.w_scaled:
         operands["w_scale"] = _padded(_by_row(rhs).astype(a.w_scale_dtype), a.columns, a.w_tile_k)
-    out = gpu_sm100_kernel.run(a, operands, interpret)[..., : a.n]
+    out = gpu_sm100_kernel.run(a, operands, interpret)[:, :, : problem.m, : problem.n]
     return _summed(a, out).astype(problem.out_dtype)
 
 

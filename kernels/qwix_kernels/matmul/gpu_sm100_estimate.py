@@ -9,7 +9,8 @@ A thread block's item takes as long as the slowest of what overlaps in it, in cy
     draining      of runs of K: instructions per element of the accumulators, likewise
 
 and all items together no less than their bytes from HBM. What is stated and not counted: `_UTILISATION` of
-the slowest, `_HBM` of the bandwidth, `_LAUNCH_US` for a kernel and as much for the sum of parts of K.
+the slowest, `_HBM` of the bandwidth, `_LAUNCH_US` for a kernel and as much for the sum of parts of K, `_PASS_US` for what fills up
+rows or columns.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from qwix_kernels.problem import MatmulProblem, dtype_bits
 _UTILISATION = 0.85
 _HBM = 0.9
 _LAUNCH_US = 2.0
+_PASS_US = 1.5  # a kernel of XLA's, however small
 _PORT_BYTES = 64  # a cycle, from L2 to one multiprocessor
 _SHARED_BYTES = 128  # a cycle, of shared memory
 _FILL_CYCLES = 1500  # until the first block arrives, and to store the last tile
@@ -66,6 +68,12 @@ def estimate(p: MatmulProblem, chip: Chip, config: Config) -> Estimate:
     if a.splits > 1:
         partial = 2 * a.splits * cost.result_bytes(p, "float32")
         after = _LAUNCH_US + partial / (chip.hbm_gbps * 1e3)
+    if a.m != p.m:  # rows are filled up before, and cut off after
+        after += 2 * _PASS_US + 2 * (cost.operand_bytes(p.lhs, p.k) + cost.result_bytes(p)) / (
+            chip.hbm_gbps * 1e3
+        )
+    elif a.out_n != p.n:
+        after += _PASS_US + 2 * cost.result_bytes(p) / (chip.hbm_gbps * 1e3)
     compute = waves * tensor / per_us
     return Estimate(compute, memory, max(busy, memory) + _LAUNCH_US + after, max(floor), _note(a))
 

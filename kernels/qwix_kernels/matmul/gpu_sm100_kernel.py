@@ -53,6 +53,7 @@ descriptors.
 from __future__ import annotations
 
 import functools
+import math
 import types
 from typing import Any
 
@@ -68,19 +69,17 @@ from qwix_kernels.matmul.gpu_sm100_convert import convert
 from qwix_kernels.matmul.gpu_sm100_drain import drain
 from qwix_kernels.matmul.gpu_sm100_plan import LANES, PAIR, Plan
 from qwix_kernels.matmul.gpu_sm100_work import Item, each_item, item_count, loop, own_column, settle
-from qwix_kernels.problem import dtype_bits
 
 
 def run(plan: Plan, operands: dict[str, jax.Array], interpret: Any = False) -> jax.Array:
-    """[splits, batch, M, N], where N is rounded up to whole 16 bytes.
+    """[splits, batch, M, N], N rounded up to `out_n`.
 
     `operands`: x [x_batch, M, K], w [w_batch, N, K]; x_scale and w_scale, float32 and padded to whole tiles:
     [batch, rows] per row, [batch, tiles of K, rows] along K; x_block_scale and w_block_scale as
     `gpu_sm100_scaled.arranged` puts them.
     """
     names = tuple(operands)
-    granule = 128 // dtype_bits(plan.out_dtype)
-    shape = (plan.splits, plan.batch, plan.m, pl.cdiv(plan.n, granule) * granule)
+    shape = (plan.splits, plan.batch, plan.m, plan.out_n)
 
     def kernel(*refs: Any, **scratch: Any) -> None:
         inputs, out = refs[: len(names)], refs[len(names)]
@@ -109,9 +108,10 @@ def _cluster(plan: Plan) -> dict[str, Any]:
 def _scratch(plan: Plan, interpret: bool) -> dict[str, Any]:
     smem, steps = plgpu.SMEM, plan.steps
     tensor = functools.partial(plgpu.Barrier, num_arrivals=1, orders_tensor_core=True)
-    out = transforms(LANES // 2, plan.out_dtype)
-    x = transforms(plan.block_k, plan.x_dtype)
-    w = transforms(plan.chunk_k if plan.converters else plan.block_k, plan.w_dtype)
+    out = transforms(math.gcd(plan.out_n, LANES // 2), plan.out_dtype)
+    x, w = (
+        transforms(k, dtype) for k, dtype in zip(plan.copied_k, (plan.x_dtype, plan.w_dtype), strict=True)
+    )
     copies = 1 if plan.converters else 4 if plan.block_scale else 2
     scratch = {
         "w_s": smem((steps, LANES, plan.block_k), jnp.dtype(plan.w_dtype), transforms=w),

@@ -34,7 +34,9 @@ CONVERTED = {
     "float8_e4m3fn": ("int4", "float4_e2m1fn"),
 }
 MOST_K = 1 << 17  # the longest sum of products of bytes that is sure to fit int32
-ALIGNED = 16  # bytes between rows, for the copy engine
+ROWS = 8  # the copy engine moves tiles of so many rows, and must find whole ones
+LEAST_OUT = 16  # columns of a tile of the result
+ALIGNED = 32  # bytes: the least columns of such a tile that the matrix unit reads
 MOST_RUN_ROWS = 128  # of an accumulator that is summed in registers: 64 a thread, of two warpgroups
 LEAST_SWIZZLE = 256  # bits of a row of a block that the matrix unit reads
 
@@ -76,7 +78,7 @@ class Plan:
     """The static facts of one kernel. Sizes count elements; `x` are the activations, `w` the weights."""
 
     batch: int
-    m: int
+    m: int  # in whole tiles of `ROWS`, or fewer
     n: int
     k: int
     x_batch: int
@@ -118,6 +120,18 @@ class Plan:
     def tiles(self) -> tuple[int, int]:
         """(blocks of rows, tiles of columns) of a result."""
         return -(-self.m // self.block_m), -(-self.n // self.columns)
+
+    @property
+    def out_n(self) -> int:
+        """Columns of the result in whole tiles of the copy engine, no narrower than a turned store takes."""
+        return -(-self.n // LEAST_OUT) * LEAST_OUT
+
+    @property
+    def copied_k(self) -> tuple[int, int]:
+        """Columns of blocks of rows, and of weights, that whole tiles of the copy engine divide."""
+        return math.gcd(self.block_k, self.k), math.gcd(
+            self.chunk_k if self.converters else self.block_k, self.k
+        )
 
     @property
     def units(self) -> int:
@@ -298,6 +312,8 @@ def check(p: MatmulProblem, chip: Chip) -> None:
         if p.k * bits % (8 * ALIGNED):
             taken = f"rows of the {name} take {p.k * bits / 8:g} bytes"
             raise NotImplementedError(f"{taken}; the copy engine needs multiples of {ALIGNED}")
+    if p.n % ROWS:
+        raise NotImplementedError(f"N is {p.n}; the copy engine needs multiples of {ROWS}")
     if p.out_dtype not in ("float32", "int32", *WIDE):
         raise NotImplementedError(f"results are float32, int32, bfloat16 or float16, not {p.out_dtype}")
     if x_dtype(p) == "int8" and (run_k(p) or p.k) > MOST_K:
@@ -334,7 +350,8 @@ def plan(p: MatmulProblem, chip: Chip, c: Config) -> Plan:
     check(p, chip)
     how, run, out = kind(p), run_k(p), p.out_dtype
     made = Plan(
-        batch=p.batch, m=p.m, n=p.n, k=p.k, x_batch=p.lhs.batch, w_batch=p.rhs.batch,
+        batch=p.batch, m=p.m if p.m <= ROWS else -(-p.m // ROWS) * ROWS, n=p.n, k=p.k,
+        x_batch=p.lhs.batch, w_batch=p.rhs.batch,
         x_dtype=x_dtype(p), w_dtype=p.rhs.dtype,
         out_dtype="float32" if c.splits > 1 and out != "int32" else out,
         block_m=c.block_m, block_k=c.block_k, steps=c.steps, splits=c.splits, run_k=run,
