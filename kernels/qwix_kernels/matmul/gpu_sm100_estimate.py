@@ -9,8 +9,8 @@ A thread block's item takes as long as the slowest of what overlaps in it, in cy
     draining      of runs of K: instructions per element of the accumulators, likewise
 
 and all items together no less than their bytes from HBM. What is stated and not counted: `_UTILISATION` of
-the slowest, `_HBM` of the bandwidth, `_LAUNCH_US` for a kernel and as much for the sum of parts of K, `_PASS_US` for what fills up
-rows or columns.
+the slowest, `_HBM` of the bandwidth, `_LAUNCH_US` for a kernel and as much for the sum of parts of K,
+`_PASS_US` for what fills up rows or columns.
 """
 
 from __future__ import annotations
