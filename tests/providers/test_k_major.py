@@ -161,7 +161,7 @@ def test_unknown_forms_are_refused(form):
             make([], prepack=form)
 
 
-@pytest.mark.parametrize("name", some_large(RULES, "w8a8", "int4"))
+@pytest.mark.parametrize("name", some_large(RULES, "w8a8"))
 def test_layers_hold_the_same_weights_turned_and_give_the_same_results(name):
     plain, packed = both(lambda: Layers(nnx.Rngs(0)), name)
     for layer, (subscripts, stored) in LAYERS.items():
