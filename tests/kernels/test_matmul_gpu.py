@@ -14,7 +14,7 @@ from qwix_kernels import chips, dispatch
 from qwix_kernels.matmul import gpu, gpu_plan, gpu_registers, matmul, reference
 from qwix_kernels.matmul.describe import problem_of
 from qwix_kernels.matmul.gpu import Config
-from qwix_kernels.problem import NF4, Extras, Operand, RowQuantize, Tensor
+from qwix_kernels.problem import NF4, Extras, Operand, RowQuantize, Tensor, dtype_bits
 
 from bench import gpu_compile
 
@@ -232,6 +232,17 @@ def test_configs_that_do_not_fit(changes, reason):
     problem = problem_of_operands(Operand(I8, 1, 16), Operand(I8, 1, 128, "float32", 1, 256))
     with pytest.raises(NotImplementedError, match=reason):
         gpu_plan.resolve(problem, H100, dataclasses.replace(SMALL, **changes))
+
+
+@pytest.mark.parametrize("block_m", [8, 16, 64])
+def test_every_copy_ends_at_128_bytes(block_m):
+    """Where the copy engine writes, which neither the interpreter nor the compiler checks."""
+    lhs, rhs = Operand(I8, 1, 16, "float32", 1, 128), Operand(I8, 1, 128, "float32", 1, 128)
+    config = dataclasses.replace(SMALL, block_m=block_m, block_k=128, strategy="after")
+    plan = gpu_plan.resolve(problem_of_operands(lhs, rhs), H100, config)
+    assert {"lhs", "rhs", "lhs_scale", "rhs_scale"} == set(plan.streams)
+    for block, dtype in plan.streams.values():
+        assert block[0] * block[1] * dtype_bits(dtype) // 8 % 128 == 0
 
 
 def test_other_gpus_are_named():

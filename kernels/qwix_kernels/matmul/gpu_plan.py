@@ -160,7 +160,8 @@ class Plan:
         if c.strategy != "once":
             out["rhs_scale"] = ((tiles, c.block_n), "float32")
             if varies(p.lhs, p):
-                out["lhs_scale"] = ((tiles, c.block_m), "float32")
+                # The copy engine writes to multiples of 128 bytes of shared memory.
+                out["lhs_scale"] = ((tiles, max(c.block_m, 32)), "float32")
         return out
 
     @property

@@ -125,7 +125,7 @@ def _bring(plan: Plan, refs: dict[str, Any], which, split, batch, i, j) -> None:
 
         block = split * plan.steps + k
         for name, (size, _dtype) in plan.streams.items():
-            start = (j if name.startswith("rhs") else i) * size[-1 if "_" in name else 0]
+            start = j * c.block_n if name.startswith("rhs") else i * c.block_m
             source = refs[name].at[_batch_of(refs[name], batch)]
             target, arrived = refs[f"{name}_stages"].at[stage], refs["arrived"].at[stage]
             if "_" in name:
@@ -225,7 +225,8 @@ class _Mine:
         z = z.astype(jnp.float32)
         z = z * lax.broadcast_in_dim(self._of_columns("rhs_scale", stage, run), z.shape, (0,))
         if "lhs_scale_stages" in self.refs:
-            scale = plgpu.load(self.refs["lhs_scale_stages"].at[stage, self.tile(run)], optimized=False)
+            rows = pl.ds(0, self.plan.config.block_m)
+            scale = plgpu.load(self.refs["lhs_scale_stages"].at[stage, self.tile(run), rows], optimized=False)
             z = z * lax.broadcast_in_dim(scale, z.shape, (1,))
         return z
 
