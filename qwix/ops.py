@@ -270,7 +270,7 @@ def explain(
         "conv_general_dilated" (with `geometry`), or einsum subscripts such as "btd,dnh->btnh".
       lhs, rhs: operands, or their shapes: `jax.ShapeDtypeStruct`, a QArray of them, or (shape, dtype).
       dimension_numbers: of "dot_general" or "ragged_dot".
-      chip: "v5e", "v5p", "v6e", "v7x", "h100", "b200" or "cpu"; the local device by default.
+      chip: "v5e", "v5p", "v6e", "v7x", "h100", "b200", "gpu" (any other) or "cpu"; None: the local one.
       act_qtype, ..., preferred_element_type, **fused: as for `qdot_general`; arrays may be shapes as well.
       w_gate, gate_bias: as for `qgated_dot`.
       geometry: of "conv_general_dilated": `window_strides`, `padding` and what else is given of

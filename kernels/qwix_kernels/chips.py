@@ -10,6 +10,7 @@ do, the vendor's page wins.
     TPU clocks                                    v5e 1.5, v5p and v6e 1.75 GHz; v7x 2.2, inferred from the
                                                   compiler's cycle estimates and the published peak
     GPU rates                                     dense figures of the H100 SXM and HGX B200 data sheets
+    gpu                                           any GPU that is not in the table: an A100's data sheet
     cpu                                           nominal: it orders implementations and promises nothing
 """
 
@@ -116,8 +117,8 @@ _CPU_NATIVE = ((_WIDE, _WIDE), (_INT8, _INT8))
 _V5E_KINDS = ("TPU v5 lite", "TPU v5e")
 _V5P_KINDS = ("TPU v5", "TPU v5p")
 _V6E_KINDS = ("TPU v6 lite", "TPU v6e")
-_B200_KINDS = ("NVIDIA B200",)
-_H100_KINDS = ("NVIDIA H100", "NVIDIA H200")
+_B200_KINDS = ("NVIDIA B200", "NVIDIA GB200")
+_H100_KINDS = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200", "NVIDIA H800")
 _ALL = (
     _tpu("v5e", 1, 1.5, 819, 128 * MiB, 128, 197, 394, 0, 788, _TPU5_NATIVE, _V5E_KINDS),
     _tpu("v5p", 2, 1.75, 2765, 64 * MiB, 128, 459, 918, 0, 1840, _TPU5_NATIVE, _V5P_KINDS),
@@ -129,11 +130,12 @@ _ALL = (
     Chip(
         "b200", "cuda", 1, 1.85, 8000, 227 * KiB, 0, 0, 2250, 4500, 4500, 0, _GPU_NATIVE, _B200_KINDS, sms=148
     ),
+    Chip("gpu", "cuda", 1, 1.41, 2039, 163 * KiB, 0, 0, 312, 624, 0, 0, _GPU_NATIVE[:3]),
     Chip("cpu", "cpu", 1, 2.5, 50, 32 * MiB, 0, 0, 0.5, 2.0, 0, 0, _CPU_NATIVE, ("cpu",)),
 )
 CHIPS: dict[str, Chip] = {c.name: c for c in _ALL}
 # What a program is lowered for when only the platform is known (exports from another machine).
-_PORTABLE = {"tpu": "v5e", "cuda": "h100", "cpu": "cpu"}
+_PORTABLE = {"tpu": "v5e", "cuda": "gpu", "cpu": "cpu"}
 
 
 def chip(name: str | Chip | None = None) -> Chip:
@@ -146,7 +148,7 @@ def chip(name: str | Chip | None = None) -> Chip:
     >>> chip("v6")
     Traceback (most recent call last):
       ...
-    ValueError: Unknown chip 'v6'; did you mean 'v6e'? Known: v5e, v5p, v6e, v7x, h100, b200, cpu.
+    ValueError: Unknown chip 'v6'; did you mean 'v6e'? Known: v5e, v5p, v6e, v7x, h100, b200, gpu, cpu.
     """
     if isinstance(name, Chip):
         return name

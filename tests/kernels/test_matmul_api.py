@@ -197,7 +197,7 @@ def test_export_for_a_cpu_of_any_number_of_rows():
 def test_one_export_for_cpu_and_gpu():
     w, x = weight(), rows()
     dispatch._WARNED.clear()
-    with pytest.warns(UserWarning, match="runs through xla on h100"):
+    with pytest.warns(UserWarning, match="runs through xla on gpu"):
         exported = jax.export.export(jax.jit(matmul), platforms=["cpu", "cuda"])(x, w)
     np.testing.assert_array_equal(exported.call(x, w), matmul(x, w))
 
