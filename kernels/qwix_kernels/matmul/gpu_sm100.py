@@ -1,6 +1,7 @@
 """Matmul on NVIDIA Blackwell (sm_100a) with tcgen05 and tensor memory: the kernel's interface.
 
-    gpu_sm100_plan.py      what is taken, and the static facts of a kernel
+    gpu_sm100_check.py     what is taken, and how
+    gpu_sm100_plan.py      the static facts of a kernel
     gpu_sm100_estimate.py  what it is expected to cost, and the blocks that are chosen by it
     gpu_sm100_kernel.py    the kernel: who does what, and what was tried
     gpu_sm100_{work,convert,drain,scaled}.py  its parts
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 
 from qwix_kernels.chips import Chip
 from qwix_kernels.matmul import gpu_sm100_kernel, gpu_sm100_scaled
+from qwix_kernels.matmul.gpu_sm100_check import check
 from qwix_kernels.matmul.gpu_sm100_estimate import estimate, heuristic_config
-from qwix_kernels.matmul.gpu_sm100_plan import Config, Plan, check, plan
+from qwix_kernels.matmul.gpu_sm100_plan import Config, Plan, plan
 from qwix_kernels.problem import MatmulProblem, Tensor
 
 __all__ = ["Config", "check", "estimate", "heuristic_config", "run"]

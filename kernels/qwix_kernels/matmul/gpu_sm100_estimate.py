@@ -23,17 +23,8 @@ from qwix_kernels.chips import Chip
 from qwix_kernels.dispatch import Estimate
 from qwix_kernels.gpu_blocks import SMEM_BYTES
 from qwix_kernels.matmul import cost
-from qwix_kernels.matmul.gpu_sm100_plan import (
-    CHUNK_BYTES,
-    LANES,
-    Config,
-    Plan,
-    check,
-    kind,
-    plan,
-    run_k,
-    x_dtype,
-)
+from qwix_kernels.matmul.gpu_sm100_check import check, kind, run_k, x_dtype
+from qwix_kernels.matmul.gpu_sm100_plan import CHUNK_BYTES, LANES, Config, Plan, plan
 from qwix_kernels.problem import MatmulProblem, dtype_bits
 
 _UTILISATION = 0.85
@@ -117,7 +108,7 @@ def heuristic_config(p: MatmulProblem, chip: Chip) -> Config:
     >>> lhs, rhs = Operand("bfloat16", 1, 16), Operand("int4", 1, 4096, "float32", 1, 128)
     >>> p = MatmulProblem(16, 4096, 4096, lhs, rhs, "bfloat16", rhs_transposed=True)
     >>> heuristic_config(p, CHIPS["b200"])
-    Config(block_m=16, block_k=128, steps=8, splits=1, converters=2, pair=False)
+    Config(block_m=16, block_k=128, steps=8, splits=4, converters=2, pair=False)
     """
     best: tuple[float, Config] | None = None
     for config in _candidates(p, chip):
