@@ -135,6 +135,21 @@ def test_visits(batch, count, m, block, mapped):
 
 
 @pytest.mark.parametrize(
+    "config", [Config(8, 64, 128, 4, 1), Config(16, 128, 64, 2), Config(64, 192, 64, 2, 3)]
+)
+def test_what_is_copied_lies_at_multiples_of_128_bytes(config):
+    """Which the copy engine demands, and the interpreter does not."""
+    struct = jax.ShapeDtypeStruct
+    x = Tensor(struct((64, 256), "int8"), struct((64, 4), "float32"))
+    w = Tensor(struct((4, 384, 256), "int8"), struct((4, 384, 8), "float32"))
+    problem = gmm_problem_of(x, w, struct((4,), "int32"), rhs_transposed=True, out_dtype="bfloat16")
+    plan = gpu.resolve(problem, H100, config)
+    assert plan.tiled == ("lhs", "rhs")
+    for runs, size in plan.tile_scales.values():
+        assert runs >= config.block_k // plan.run_k and runs * size * 4 % 128 == 0
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [({"k": 120}, "K is 120"), ({"n": 100}, "N is 100"), ({"dtype": "float32"}, "multiplies int8")],
 )

@@ -3,6 +3,9 @@
 Work items go to the multiprocessors in turns. A step of one takes as long as its matrix instructions, or as
 widening its weights, whichever is longer; an item besides what it takes to scale and store it. All bytes that
 the blocks move share the bandwidth. What XLA does before and after adds its own bytes.
+
+Steps and items are set by the times in gpu_kernel.py's header, which this gives within 10 % for steps of 128
+bytes; widening by the dense kernel's times (matmul/gpu_estimate.py).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from qwix_kernels.matmul import gpu_plan as dense
 from qwix_kernels.problem import dtype_bits
 from qwix_kernels.ragged_matmul import cost
 from qwix_kernels.ragged_matmul.gpu_plan import Config, GmmPlan, check, resolve
+from qwix_kernels.ragged_matmul.gpu_visits import ALIGNED
 from qwix_kernels.ragged_matmul.problem import GmmProblem
 
 __all__ = ["check", "estimate", "heuristic_config"]
@@ -31,6 +35,7 @@ _SCALE_US = 0.05  # of a warpgroup, for 64 x 128 sums that are scaled and added 
 _STEP_US = 0.08  # of a step: to wait for what it needs, and for its products
 _ITEM_US, _SUMS_US = 1.2, 1.2  # of an item, and for 128 x 256 sums that are scaled and stored
 _LAUNCH_US = 3.0
+_SMALL = 64  # rows of a group
 _VISITS_US = 5.0  # XLA's ops that find the visits
 _OP_US = 2.0  # an XLA op more
 
@@ -68,10 +73,11 @@ def estimate(problem: GmmProblem, chip: Chip, config: Config) -> Estimate:
 
 
 def _visits(plan: GmmPlan) -> int:
-    """Those of groups of equal size, which start anywhere unless that is a multiple of 8."""
-    groups, m = cost.touched(plan.problem), plan.problem.product.m
-    each = -(-m // groups)
-    return groups * -(-(each + (7 if each % 8 else 0)) // plan.config.block_m)
+    """Those of groups of equal size; small ones start anywhere, large ones at multiples of 8 if they can."""
+    groups = cost.touched(plan.problem)
+    each = -(-plan.problem.product.m // groups)
+    before = ALIGNED - 1 if each % ALIGNED or each < _SMALL else 0
+    return groups * -(-(each + before) // plan.config.block_m)
 
 
 def _times(plan: GmmPlan, chip: Chip) -> tuple[float, float]:
@@ -126,9 +132,9 @@ def _fitting(problem: GmmProblem, chip: Chip) -> Iterator[GmmPlan]:
 def _candidates(problem: GmmProblem) -> Iterator[Config]:
     p = GmmPlan(problem, Config(8, 64, 64, 1, 1)).core
     each = -(-p.m // cost.touched(problem)) + 7
-    rows = [b for b in (8, 16, 32, 64, 96, 128, 192, 256) if b // 2 < each]
+    rows = [b for b in (8, 16, 32, 64, 128, 256) if b // 2 < each]
     # 128 bytes, which copies and matrix instructions take best.
-    depths = (128, 256) if dtype_bits(dense.dot_dtype(p)) == 8 else (64, 128)
+    depths = (128,) if dtype_bits(dense.dot_dtype(p)) == 8 else (64, 128)
     for block_m in rows:
         for block_n, warpgroups in ((64, 1), (128, 2), (256, 2), (192, 3)):
             for block_k in depths:

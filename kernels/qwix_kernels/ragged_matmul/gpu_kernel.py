@@ -14,6 +14,21 @@ added up in float32. All other scales go on the sum over all of K.
 A block's rows of other groups are computed and never stored. What is stored of a whole block is one copy; of
 other blocks 8 rows at a time, as they lie in shared memory, and where a group starts or ends within 8 rows,
 row by row.
+
+The ladder, measured on an H100 80GB HBM3 with jax 0.11.2 on 2026-11-22, in a form that differed in how it
+stored rows at the right edge: w8a8, 8 groups of equal size, microseconds of this kernel. XLA's ops that find
+the visits and lay out scales take 5 to 7 more. Rows x columns x K of a block, stages, computing warpgroups:
+
+    4096 x 4096 x 14336    256 x 128 x 128, 3, 2    373     1291 TOP/s; 372 with panels of 16
+                           128 x 256 x 128, 3, 2    375
+                           128 x 192 x 128, 4, 3    375
+                           128 x 128 x 128, 5, 2    384
+                           128 x 256 x  64, 6, 2    513     copies of 64 bytes; uneven groups 547
+    4096 x 2048 x 1408     128 x 128 x 128, 5, 2    25.4    931 TOP/s
+                           256 x 128 x 128, 3, 2    29.8
+                           128 x 256 x 128, 3, 2    30.8
+                           128 x 192 x  64, 8, 3    31.1    uneven groups 41.6
+                            64 x 128 x 128, 6, 2    35.0
 """
 
 from __future__ import annotations
@@ -36,7 +51,6 @@ from qwix_kernels.ragged_matmul.gpu_plan import GmmPlan, tile_columns
 from qwix_kernels.ragged_matmul.gpu_visits import ALIGNED, FIELDS, FIRST, HI, LO, MATRIX
 
 _MEMORY_REGISTERS = 40
-_TURNS = 2  # items whose scales wait in shared memory
 
 
 def call(plan: GmmPlan, arrays: dict[str, jax.Array], *, sms: int, interpret: Any) -> jax.Array:
@@ -77,22 +91,13 @@ def _scratch(plan: GmmPlan, emulate: bool) -> dict[str, Any]:
     made: dict[str, Any] = {
         "w": block(c.block_n, rhs),
         "x": block(c.block_m, dot),
-        "leaving": plgpu.SMEM(
-            (c.warpgroups, 2, plan.leaving_m, c.tile_n), jnp.dtype(out), transforms=swizzled
-        ),
+        "sums": plgpu.SMEM((c.warpgroups, c.block_m, c.tile_n), jnp.dtype(out), transforms=swizzled),
         "row": plgpu.SMEM((c.warpgroups, ALIGNED, c.tile_n), jnp.dtype(out)),
     }
-    runs = c.block_k // plan.run_k
-    for name, size in (("rhs", c.block_n), ("lhs", c.block_m)):
-        if name in plan.tiled:
-            made[f"{name}_tiles"] = plgpu.SMEM((c.stages, runs, size), jnp.float32)
-        if name in plan.whole:
-            made[f"{name}_whole"] = plgpu.SMEM((_TURNS, size), jnp.float32)
+    for name in plan.tiled:
+        made[f"{name}_tiles"] = plgpu.SMEM((c.stages, *plan.tile_scales[name]), jnp.float32)
     made["full"] = plgpu.Barrier(num_arrivals=2 + len(plan.tiled), num_barriers=c.stages)
     made["free"] = plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.stages)
-    if plan.whole:
-        made["scales_full"] = plgpu.Barrier(num_arrivals=len(plan.whole), num_barriers=_TURNS)
-        made["scales_free"] = plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=_TURNS)
     if emulate:  # the interpreter multiplies from shared memory only
         shape = (c.warpgroups, c.tile_n, c.block_k)
         made["widened"] = plgpu.SMEM(
@@ -109,27 +114,20 @@ def _kernel(plan: GmmPlan, r: dict[str, Any]) -> None:
     def _():
         plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
         _items(plan, r, functools.partial(_copy, plan, r))
-        # No barrier is left with an arrival that nothing has waited for.
-        _of_all(plan, r, plgpu.barrier_wait)
+        for stage in range(c.stages):  # no barrier is left with an arrival that nothing has waited for
+            plgpu.barrier_wait(r["free"].at[stage])
 
     @pl.when(me < c.warpgroups)
     def _():
         plgpu.set_max_registers(registers(c.warpgroups), action="increase")
-        _of_all(plan, r, plgpu.barrier_arrive)
+        for stage in range(c.stages):
+            plgpu.barrier_arrive(r["free"].at[stage])
         _items(plan, r, functools.partial(_compute, plan, r, me))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _of_all(plan: GmmPlan, r: dict[str, Any], do: Callable[[Any], None]) -> None:
-    """do(barrier) of each place in shared memory that is free or not."""
-    for stage in range(plan.config.stages):
-        do(r["free"].at[stage])
-    for turn in range(_TURNS if plan.whole else 0):
-        do(r["scales_free"].at[turn])
-
-
 def _items(plan: GmmPlan, r: dict[str, Any], item: Callable[..., Any]) -> None:
-    """item(visit's fields, column block, turn, stage) -> next stage, for each item of this multiprocessor."""
+    """item(visit's fields, column block, stage) -> next stage, for each work item of this multiprocessor."""
     most, words = plan.most, r["words"]
     count = words[len(FIELDS) * most]
 
@@ -138,7 +136,7 @@ def _items(plan: GmmPlan, r: dict[str, Any], item: Callable[..., Any]) -> None:
         at, column = plgpu.planar_snake(info.index[0], (count, plan.columns), 1, plan.config.panel)
         fields = [words[field * most + at] for field in FIELDS]
         fields[FIRST] = pl.multiple_of(fields[FIRST], ALIGNED)
-        return item(fields, column, lax.rem(info.local_index, _TURNS), carry)
+        return item(fields, column, carry)
 
     plgpu.nd_loop((count * plan.columns,), collective_axes="sm", init_carry=jnp.int32(0))(one)
 
@@ -151,19 +149,11 @@ def _next(plan: GmmPlan, stage: Any) -> Any:
     return jnp.where(stage == plan.config.stages - 1, 0, stage + 1)
 
 
-def _copy(plan: GmmPlan, r: dict[str, Any], fields: list[Any], column: Any, turn: Any, stage: Any) -> Any:
-    """Brings the scales of an item and the operands of all its steps."""
+def _copy(plan: GmmPlan, r: dict[str, Any], fields: list[Any], column: Any, stage: Any) -> Any:
+    """Brings the operands of all steps of an item."""
     c = plan.config
     columns, rows = pl.ds(column * c.block_n, c.block_n), pl.ds(fields[FIRST], c.block_m)
     runs = c.block_k // plan.run_k
-    if plan.whole:
-        plgpu.barrier_wait(r["scales_free"].at[turn])
-        # Rows of no matrix get the zeros behind the last row's scale, whatever their own are.
-        first = pl.multiple_of(jnp.where(fields[MATRIX] >= 0, fields[FIRST], plan.core.m), ALIGNED)
-        scales = {"rhs": (jnp.maximum(fields[MATRIX], 0), columns), "lhs": (pl.ds(first, c.block_m),)}
-        for name in plan.whole:
-            source = r[f"{name}_scale"].at[scales[name]]
-            plgpu.copy_gmem_to_smem(source, r[f"{name}_whole"].at[turn], r["scales_full"].at[turn])
 
     def step(k: Any, stage: Any) -> Any:
         depth, full = pl.ds(k * c.block_k, c.block_k), r["full"].at[stage]
@@ -171,35 +161,27 @@ def _copy(plan: GmmPlan, r: dict[str, Any], fields: list[Any], column: Any, turn
         plgpu.copy_gmem_to_smem(r["rhs"].at[fields[MATRIX], columns, depth], r["w"].at[stage], full)
         plgpu.copy_gmem_to_smem(r["lhs"].at[rows, depth], r["x"].at[stage], full)
         tiles = pl.ds(lax.div(k, plan.steps_per_tile) * runs, runs)
-        of_tiles = {"rhs": (fields[MATRIX], tiles, columns), "lhs": (tiles, rows)}
+        scales = {"rhs": (fields[MATRIX], tiles, columns), "lhs": (tiles, rows)}
         for name in plan.tiled:
-            source = r[f"{name}_scale"].at[of_tiles[name]]
-            plgpu.copy_gmem_to_smem(source, r[f"{name}_tiles"].at[stage], full)
+            source = r[f"{name}_scale"].at[scales[name]]
+            plgpu.copy_gmem_to_smem(source, r[f"{name}_tiles"].at[stage, pl.ds(0, runs)], full)
         return _next(plan, stage)
 
     return lax.fori_loop(0, _steps(plan, fields), step, stage)
 
 
-def _compute(
-    plan: GmmPlan, r: dict[str, Any], me: Any, fields: list[Any], column: Any, turn: Any, stage: Any
-) -> Any:
+def _compute(plan: GmmPlan, r: dict[str, Any], me: Any, fields: list[Any], column: Any, stage: Any) -> Any:
     """Multiplies all steps of an item, and stores its rows."""
     c = plan.config
     sums = _sums_of_tiles if plan.tiled else _sums
     z, stage = sums(plan, r, me, _steps(plan, fields), stage)
-    z = _scaled(plan, r, me, z, turn).astype(plan.core.out_dtype)
-    column = column * c.block_n + me * c.tile_n
-    for number, start in enumerate(range(0, c.block_m, plan.leaving_m)):
-        leaving = r["leaving"].at[me, number % 2]
-        # One group of copies for each part: the last one may still be on its way, from the other place.
-        plgpu.wait_smem_to_gmem(1 if number else 0, wait_read_only=True)
-        part = z[:, start : start + plan.leaving_m]
-        # In this layout a thread's values are neighbours in a row of the result.
-        leaving.transpose((1, 0))[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
-        plgpu.commit_smem()
-        first, lo, hi = (fields[field] for field in (FIRST, LO, HI))
-        _store(plan, leaving, r["row"].at[me], r["out"], column, first + start, lo - start, hi - start)
-        plgpu.commit_smem_to_gmem_group()
+    columns = pl.ds(column * c.block_n + me * c.tile_n, c.tile_n)
+    z = _scaled(plan, r, z, fields, columns).astype(plan.core.out_dtype)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    # In this layout a thread's values are neighbours in a row of the result.
+    r["sums"].at[me].transpose((1, 0))[...] = plgpu.layout_cast(z, plgpu.Layout.WGMMA_TRANSPOSED)
+    plgpu.commit_smem()
+    _store(plan, r, me, fields, columns)
     return stage
 
 
@@ -208,20 +190,14 @@ def _sums(plan: GmmPlan, r: dict[str, Any], me: Any, steps: Any, stage: Any) -> 
     c = plan.config
 
     def scope(acc: Any) -> Any:
-        def some(_: Any, stage: Any) -> Any:
-            stages = [stage]
-            for _ in range(c.together - 1):
-                stages.append(_next(plan, stages[-1]))
-            for stage in stages:
-                plgpu.barrier_wait(r["full"].at[stage])
-            for stage in stages:
-                _multiply(plan, r, me, stage, acc)
+        def step(_: Any, stage: Any) -> Any:
+            plgpu.barrier_wait(r["full"].at[stage])
+            _multiply(plan, r, me, stage, acc)
             plgpu.wgmma_wait(0)
-            for stage in stages:
-                _release(plan, r, stage)
-            return _next(plan, stages[-1])
+            _release(plan, r, stage)
+            return _next(plan, stage)
 
-        end = lax.fori_loop(0, lax.div(steps, c.together), some, stage)
+        end = lax.fori_loop(0, steps, step, stage)
         return acc[...], end
 
     return pl.run_scoped(scope, plgpu.ACC((c.tile_n, c.block_m), jnp.dtype(plan.acc)))
@@ -279,49 +255,48 @@ def _release(plan: GmmPlan, r: dict[str, Any], stage: Any) -> None:
     plgpu.barrier_arrive(r["free"].at[stage])
 
 
-def _scaled(plan: GmmPlan, r: dict[str, Any], me: Any, z: Any, turn: Any) -> Any:
+def _scaled(plan: GmmPlan, r: dict[str, Any], z: Any, fields: list[Any], columns: Any) -> Any:
     """The sums times the scales that do not change along K."""
-    if not plan.whole:
+    if plan.core.out_dtype == "int32":
         return z
-    c, z = plan.config, z.astype(jnp.float32)
-    plgpu.barrier_wait(r["scales_full"].at[turn])
-    for name in plan.whole:
-        mine = pl.ds(me * c.tile_n, c.tile_n) if name == "rhs" else slice(None)
-        scale = plgpu.load(r[f"{name}_whole"].at[turn, mine], optimized=False)
-        z = z * lax.broadcast_in_dim(scale, z.shape, (0,) if name == "rhs" else (1,))
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(r["scales_free"].at[turn])
+    z = z.astype(jnp.float32)
+    if "rhs_scale" in r and "rhs" not in plan.tiled:
+        scale = r["rhs_scale"].at[jnp.maximum(fields[MATRIX], 0), columns]
+        z = z * lax.broadcast_in_dim(plgpu.load(scale, optimized=False), z.shape, (0,))
+    if "lhs_scale" in r and "lhs" not in plan.tiled:
+        # Rows of no matrix get the zeros behind the last row's scale, whatever their own are.
+        first = pl.multiple_of(jnp.where(fields[MATRIX] >= 0, fields[FIRST], plan.core.m), ALIGNED)
+        scale = plgpu.load(r["lhs_scale"].at[pl.ds(first, z.shape[1])], optimized=False)
+        z = z * lax.broadcast_in_dim(scale, z.shape, (1,))
     return z
 
 
-def _store(plan: GmmPlan, part: Any, row: Any, out: Any, column: Any, first: Any, lo: Any, hi: Any) -> None:
-    """Stores rows lo to hi of a part of the warpgroup's sums, of which row 0 is row `first` of the result."""
-    rows = plan.leaving_m
-    columns = pl.ds(column, plan.config.tile_n)
-    whole = (lo <= 0) & (rows <= hi)
+def _store(plan: GmmPlan, r: dict[str, Any], me: Any, fields: list[Any], columns: Any) -> None:
+    """Stores the visit's own rows of the warpgroup's sums."""
+    c, sums, out = plan.config, r["sums"].at[me], r["out"]
+    first, lo, hi = (fields[field] for field in (FIRST, LO, HI))
+    whole = (lo == 0) & (hi == c.block_m)
 
     @pl.when(whole)
     def _():
-        plgpu.copy_smem_to_gmem(part, out.at[pl.ds(first, rows), columns], commit_group=False)
+        plgpu.copy_smem_to_gmem(sums, out.at[pl.ds(first, c.block_m), columns])
 
     @pl.when(~whole)
     def _():
-        @pl.loop(0, rows // ALIGNED)
-        def _(eighth: Any) -> None:
-            at = pl.multiple_of(eighth * ALIGNED, ALIGNED)
-            eight = part.at[pl.ds(at, ALIGNED)]
+        @pl.loop(0, lax.div(hi + (ALIGNED - 1), ALIGNED))
+        def _(part: Any) -> None:
+            at = pl.multiple_of(part * ALIGNED, ALIGNED)
+            eight = sums.at[pl.ds(at, ALIGNED)]
             inside = (lo <= at) & (at + ALIGNED <= hi)
 
             @pl.when(inside)
             def _():
-                there = out.at[pl.ds(first + at, ALIGNED), columns]
-                plgpu.copy_smem_to_gmem(eight, there, commit_group=False)
+                plgpu.copy_smem_to_gmem(eight, out.at[pl.ds(first + at, ALIGNED), columns])
 
-            @pl.when(~inside & (lo < at + ALIGNED) & (at < hi))
+            @pl.when(~inside)
             def _():
-                plgpu.commit_smem_to_gmem_group()
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of rows stored before
-                _store_rows(plan, eight, row, out, column, first + at, lo - at, hi - at)
+                _store_rows(plan, eight, r["row"].at[me], out, columns.start, first + at, lo - at, hi - at)
 
 
 def _store_rows(
@@ -337,14 +312,15 @@ def _store_rows(
     widths = {width: column + width <= p.n}
     if p.n % width:
         widths[p.n % width] = column == p.n // width * width
+    for i in range(ALIGNED):
 
-    @pl.loop(jnp.maximum(lo, 0), jnp.minimum(hi, ALIGNED))
-    def _(i: Any) -> None:
-        row.at[i][...] = jnp.sum(jnp.where(which == i, z, 0), axis=1).astype(p.out_dtype)
-        plgpu.commit_smem()
-        for size, fits in widths.items():
+        @pl.when((lo <= i) & (i < hi))
+        def _(i: int = i) -> None:
+            row.at[i][...] = jnp.sum(jnp.where(which == i, z, 0), axis=1).astype(p.out_dtype)
+            plgpu.commit_smem()
+            for size, fits in widths.items():
 
-            @pl.when(fits)
-            def _(size: int = size) -> None:
-                there = out.at[first + i, pl.ds(column, size)]
-                plgpu.copy_smem_to_gmem(row.at[i, pl.ds(0, size)], there, commit_group=False)
+                @pl.when(fits)
+                def _(size: int = size) -> None:
+                    there = out.at[first + i, pl.ds(column, size)]
+                    plgpu.copy_smem_to_gmem(row.at[i, pl.ds(0, size)], there)

@@ -29,7 +29,6 @@ class Config:
     stages: steps of K that wait in shared memory
     warpgroups: they share the columns
     panel: column blocks that are worked on before the next ones, for all rows
-    together: steps that are multiplied before any of them is waited for
     """
 
     block_m: int
@@ -38,7 +37,6 @@ class Config:
     stages: int
     warpgroups: int = 2
     panel: int = 8
-    together: int = 1
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -104,32 +102,30 @@ class GmmPlan:
         return tuple(name for name, x in (("lhs", p.lhs), ("rhs", p.rhs)) if dense.varies(x, p))
 
     @property
-    def whole(self) -> tuple[str, ...]:
-        """The operands with scales that do not."""
-        p = self.core
-        return tuple(
-            name for name, x in (("lhs", p.lhs), ("rhs", p.rhs)) if x.is_quantized and name not in self.tiled
-        )
-
-    @property
     def steps_per_tile(self) -> int:
         """Steps of K that share all scales; 1 where a step has several."""
         return max(1, dense.scale_k(self.core) // self.config.block_k)
 
     @property
-    def leaving_m(self) -> int:
-        """Rows of the result that leave a warpgroup at a time: a divisor of the block's."""
-        return math.gcd(self.config.block_m, 64)
+    def tile_scales(self) -> dict[str, tuple[int, int]]:
+        """[runs of K, rows or columns] of the scales that a stage has room for, of each operand in `tiled`.
+
+        The copy engine writes to multiples of 128 bytes, 32 scales: more runs than a step has fill that up.
+        """
+        runs, out = self.config.block_k // self.run_k, {}
+        for name, size in (("lhs", self.config.block_m), ("rhs", self.config.block_n)):
+            if name in self.tiled:
+                whole = 32 // math.gcd(size, 32)
+                out[name] = (-(-runs // whole) * whole, size)
+        return out
 
     @property
     def smem_bytes(self) -> int:
         """Shared memory that the kernel allocates."""
         p, c = self.core, self.config
         stage = c.block_k * (c.block_n * p.rhs.bits + c.block_m * dtype_bits(self.dot)) // 8
-        runs = c.block_k // self.run_k
-        stage += 4 * runs * (c.block_n * ("rhs" in self.tiled) + c.block_m * ("lhs" in self.tiled))
-        whole = 2 * 4 * (c.block_n + c.block_m) if self.whole else 0
-        out = whole + (2 * self.leaving_m + ALIGNED) * c.block_n * dtype_bits(p.out_dtype) // 8
+        stage += 4 * sum(math.prod(shape) for shape in self.tile_scales.values())
+        out = (c.block_m + ALIGNED) * c.block_n * dtype_bits(p.out_dtype) // 8
         return c.stages * stage + out
 
 
@@ -195,8 +191,6 @@ def resolve(problem: GmmProblem, chip: Chip, config: Config) -> GmmPlan:
         raise NotImplementedError(f"{c}: 8 to 256 rows a block, in multiples of 8")
     if c.block_k % 64:
         raise NotImplementedError(f"{c}: steps of K are multiples of 64")
-    if c.stages < c.together or plan.steps_k % c.together or (c.together > 1 and (plan.widens or plan.tiled)):
-        raise NotImplementedError(f"{c}: {plan.steps_k} steps are not multiplied {c.together} at a time")
     tile = dense.scale_k(plan.core)
     if plan.tiled and math.gcd(tile, c.block_k) != min(tile, c.block_k):
         raise NotImplementedError(f"{c}: steps of {c.block_k} do not fit tiles of {tile}")
