@@ -2,6 +2,7 @@
 not attached."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +140,7 @@ def test_visits(batch, count, m, block, mapped):
 )
 def test_what_is_copied_lies_at_multiples_of_128_bytes(config):
     """Which the copy engine demands, and the interpreter does not."""
-    struct = jax.ShapeDtypeStruct
+    struct: Any = jax.ShapeDtypeStruct
     x = Tensor(struct((64, 256), "int8"), struct((64, 4), "float32"))
     w = Tensor(struct((4, 384, 256), "int8"), struct((4, 384, 8), "float32"))
     problem = gmm_problem_of(x, w, struct((4,), "int32"), rhs_transposed=True, out_dtype="bfloat16")

@@ -142,7 +142,7 @@ def _candidates(problem: GmmProblem) -> Iterator[Config]:
                 spare = SMEM_BYTES - plan.smem_bytes
                 more = spare // max(1, _stage_bytes(plan))
                 stages = min(1 + more, 8)
-                if stages >= 2:
+                if stages >= 3:
                     yield dataclasses.replace(plan.config, stages=stages)
 
 

@@ -45,12 +45,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwix_kernels.gpu_blocks import WARPGROUP, interpreted, transforms
-from qwix_kernels.matmul.gpu_plan import registers
+from qwix_kernels.matmul.gpu_plan import MEMORY_REGISTERS, registers
 from qwix_kernels.matmul.gpu_values import widened
 from qwix_kernels.ragged_matmul.gpu_plan import GmmPlan, tile_columns
 from qwix_kernels.ragged_matmul.gpu_visits import ALIGNED, FIELDS, FIRST, HI, LO, MATRIX
-
-_MEMORY_REGISTERS = 40
 
 
 def call(plan: GmmPlan, arrays: dict[str, jax.Array], *, sms: int, interpret: Any) -> jax.Array:
@@ -112,7 +110,7 @@ def _kernel(plan: GmmPlan, r: dict[str, Any]) -> None:
 
     @pl.when(me == c.warpgroups)
     def _():
-        plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
         _items(plan, r, functools.partial(_copy, plan, r))
         for stage in range(c.stages):  # no barrier is left with an arrival that nothing has waited for
             plgpu.barrier_wait(r["free"].at[stage])
