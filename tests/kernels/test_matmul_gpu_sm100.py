@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwix_kernels import chips
-from qwix_kernels.matmul import gpu_sm100, gpu_sm100_scaled, reference
+from qwix_kernels.matmul import gpu_sm100, gpu_sm100_plan, gpu_sm100_scaled, reference
 from qwix_kernels.matmul.describe import problem_of
 from qwix_kernels.matmul.gpu_sm100 import Config
 from qwix_kernels.problem import Tensor
@@ -266,3 +266,13 @@ def test_odd_sizes_compile_for_b200(scheme, m, k, n):
     made = gpu_compile.compiled("b200", what, scheme=scheme, m=m, k=k, n=n)
     (kernel,) = made.kernels
     assert not kernel.spill_bytes and not kernel.local_in_loops
+
+
+@pytest.mark.parametrize("block_m", [16, 32, 64])
+def test_copies_of_scales_end_at_128_bytes(block_m):
+    """Where the copy engine writes, which neither the interpreter nor the compiler checks."""
+    rng = np.random.default_rng(0)
+    lhs, rhs = tensor(rng, (1, 16, 256), "int8", 128), tensor(rng, (1, 128, 256), "int8", 128)
+    problem = problem_of(lhs, rhs, rhs_transposed=True, out_dtype="float32")
+    config = Config(block_m=block_m, block_k=128, steps=2)
+    assert gpu_sm100_plan.plan(problem, chips.chip("b200"), config).copied_scales * 4 % 128 == 0

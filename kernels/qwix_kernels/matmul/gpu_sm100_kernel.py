@@ -136,7 +136,7 @@ def _scratch(plan: Plan, interpret: bool) -> dict[str, Any]:
     if plan.converts_scales:
         scratch["w_scale_s"] = smem((steps, plan.w_scale_tiles, LANES), plan.w_scale_dtype)
     if plan.scales_in_runs:
-        for name, tile, size in (("x", plan.x_tile_k, plan.block_m), ("w", plan.w_tile_k, LANES)):
+        for name, tile, size in (("x", plan.x_tile_k, plan.copied_scales), ("w", plan.w_tile_k, LANES)):
             if tile:
                 scratch[f"{name}_scale_s"] = smem((plan.acc_slots, size), jnp.float32)
         copies = bool(plan.x_tile_k) + bool(plan.w_tile_k)
@@ -241,7 +241,7 @@ def _load_scales(plan: Plan, r: Any, at: Item, run: Any) -> None:
     first = (at.split * plan.blocks + run * plan.run_blocks) * plan.block_k
     full = r.scales_full.at[slot]
     if plan.x_tile_k:
-        source = r.x_scale.at[x, lax.div(first, plan.x_tile_k), pl.ds(at.row, plan.block_m)]
+        source = r.x_scale.at[x, lax.div(first, plan.x_tile_k), pl.ds(at.row, plan.copied_scales)]
         plgpu.copy_gmem_to_smem(source, r.x_scale_s.at[slot], full)
     if plan.w_tile_k:
         source = r.w_scale.at[w, lax.div(first, plan.w_tile_k), pl.ds(at.column, LANES)]

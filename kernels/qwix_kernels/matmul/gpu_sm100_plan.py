@@ -88,6 +88,11 @@ class Plan:
     sms: int = 148
 
     @property
+    def copied_scales(self) -> int:
+        """Scales of the rows of a tile, up to the 128 bytes at whose multiples copies end."""
+        return max(self.block_m, 32)
+
+    @property
     def multiplied(self) -> str:
         """The dtype of converted weights."""
         return self.x_dtype if self.converters else self.w_dtype
@@ -223,7 +228,7 @@ class Plan:
     def smem_bytes(self) -> int:
         """Shared memory that the kernel allocates, but for its barriers."""
         out = self.drains * 2 * self.drain_m * LANES * dtype_bits(self.out_dtype) // 8
-        scales = self.acc_slots * (self.block_m + LANES) * 4 if self.scales_in_runs else 0
+        scales = self.acc_slots * (self.copied_scales + LANES) * 4 if self.scales_in_runs else 0
         return self.steps * self.stage_bytes + out + scales
 
 
