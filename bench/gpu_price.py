@@ -123,7 +123,7 @@ def _row(cell: Any, known: Cache | None) -> Row:
     chip = chips.chip(cell.chip)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fallback is in the row
-        plan = dispatch.explain(cell.problem, chip)
+        plan = dispatch.explain(cell.problem, chip, implementation=cell.implementation)
     compute, memory = cell.floor(chip)
     estimate, mine = plan.estimate, [r for r in plan.rejected if r[0] != "mosaic_tpu"]
     notes = [estimate.note, *(f"not {name}: {reason}" for name, reason in mine)]

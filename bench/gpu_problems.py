@@ -31,6 +31,7 @@ SCHEMES = (
     "wf8a16",
     "wnf4a16_g64",
 )
+IMPLEMENTATIONS = ("mosaic_gpu", "xla")
 # Formats whose matrix instruction is Blackwell's alone. It takes scales as the format has them, so rows come
 # quantized; those that are quantized on the way have float32 ones.
 BLOCK_SCHEMES = ("wmxfp8amxfp8_static", "wmxfp4amxfp4_static", "wnvfp4anvfp4_static")
@@ -64,7 +65,12 @@ class Cell:
     def request(self) -> tuple[str, dict[str, Any]]:
         """What gpu_compile.py is asked."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k != "chip"}
-        return "bench.gpu_problems:matmul", fields
+        return "bench.gpu_problems:matmul", fields | {"implementation": self.implementation}
+
+    @property
+    def implementation(self) -> tuple[str, ...] | None:
+        """What may run, kernels on request included; None for what dispatch prefers."""
+        return IMPLEMENTATIONS if self.chip == "b200" else None
 
     @property
     def problem(self) -> MatmulProblem:
@@ -141,14 +147,23 @@ def problem(scheme: Scheme, m: int, k: int, n: int, prepacked: bool = True) -> M
     return op.problem_of(lhs, rhs, quantize_lhs=how, rhs_transposed=prepacked, out_dtype=jnp.bfloat16)
 
 
-def kernel(scheme: Scheme, prepacked: bool = True, implementation: str | None = None) -> Callable[..., Any]:
+def kernel(
+    scheme: Scheme, prepacked: bool = True, implementation: str | Sequence[str] | None = None
+) -> Callable[..., Any]:
     """The op itself, as a function of `operands`."""
     options = {"rhs_transposed": prepacked, "implementation": implementation}
     how = problems.row_quantize(scheme)
     return lambda lhs, rhs: op.matmul(lhs, rhs, quantize_lhs=how, out_dtype=jnp.bfloat16, **options)
 
 
-def matmul(scheme: str, m: int, k: int, n: int, prepacked: bool = True, implementation: str | None = None):
+def matmul(
+    scheme: str,
+    m: int,
+    k: int,
+    n: int,
+    prepacked: bool = True,
+    implementation: str | Sequence[str] | None = None,
+):
     """(function, shapes): what gpu_compile.py is asked to compile."""
     named = shapes.scheme(scheme)
     return kernel(named, prepacked, implementation), operands(named, m, k, n, prepacked)

@@ -15,6 +15,7 @@ from qwix_kernels.ragged_matmul import GmmProblem
 from bench import gpu_problems, problems, ragged_problems, shapes
 from bench.shapes import RaggedLayer, Scheme
 
+IMPLEMENTATIONS = ("mosaic_gpu", "xla")
 SCHEMES = ("w8a8", "w4a16_g128", "w8a16", "wf8af8", "wf8af8_b128", "w4a8")
 
 
@@ -46,6 +47,11 @@ class Cell:
     def request(self) -> tuple[str, dict[str, Any]]:
         """What gpu_compile.py is asked."""
         return "bench.gpu_ragged:gmm", {"scheme": self.scheme, "layer": dataclasses.asdict(self.layer)}
+
+    @property
+    def implementation(self) -> tuple[str, ...]:
+        """What may run: a kernel that dispatch takes on request only is priced all the same."""
+        return IMPLEMENTATIONS
 
     @property
     def problem(self) -> GmmProblem:
@@ -99,7 +105,8 @@ def problem(scheme: Scheme, layer: RaggedLayer) -> GmmProblem:
 def gmm(scheme: str, layer: dict[str, Any]):
     """(function, shapes): what gpu_compile.py is asked to compile."""
     named, of = shapes.scheme(scheme), RaggedLayer(**layer)
-    return lambda *given: ragged_matmul.gmm(*given, **_options(named)), operands(named, of)
+    options = _options(named) | {"implementation": IMPLEMENTATIONS}
+    return lambda *given: ragged_matmul.gmm(*given, **options), operands(named, of)
 
 
 def _options(scheme: Scheme) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class Estimate:
 class Implementation:
     """One way to run an op. `platforms` is empty where every platform will do.
 
+    On the chips `on_request`, on which it has never run, it runs only where a caller names it.
+
     `check` raises NotImplementedError for what it cannot run. `heuristic_config` gives block sizes, or None
     where there is nothing to choose; `config_type` is the class of its result.
     """
@@ -51,6 +53,7 @@ class Implementation:
     run: Callable[..., Any]  # (problem, *operands, config=, chip=)
     heuristic_config: Callable[[Any, Chip], Any] | None = None
     config_type: Callable[[], type] | None = None
+    on_request: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +142,10 @@ def choose(
     for impl in candidates:
         try:
             estimate, used = _plan(impl, problem, chip, config, kernels_refused)
+            if implementation is None and chip.name in impl.on_request:
+                raise NotImplementedError(
+                    f"this kernel has been interpreted and compiled, and has not run on a {chip.name}"
+                )
             fallback = candidates[-1]
             if implementation is None and impl is not fallback:
                 _refuse_slower(estimate, fallback.estimate(problem, chip, None), fallback.name)

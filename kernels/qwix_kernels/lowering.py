@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -60,6 +60,7 @@ def kernels_or_xla(
     estimate_xla: Callable[[Any, Chip], Estimate],
     *,
     gpu: str | None = None,
+    on_request: Sequence[str] = (),
     configurable: bool = True,
 ) -> tuple[Implementation, ...]:
     """The implementations of an op: a kernel for each platform, and what runs everywhere and refuses nothing.
@@ -67,6 +68,7 @@ def kernels_or_xla(
     Args:
       tpu, gpu: where `check`, `estimate` and `run` of a platform's kernel are, and if it is `configurable`
         `heuristic_config` and `Config`. Imported only when such a chip is asked about.
+      on_request: GPUs on which the kernel has never run; it runs there only where a caller names it.
       run_xla: (problem, *operands, config=, chip=).
       estimate_xla: (problem, chip).
     """
@@ -79,7 +81,8 @@ def kernels_or_xla(
     )
     kernels = [_kernel("mosaic_tpu", "tpu", tpu, configurable)]
     if gpu is not None:
-        kernels.append(_kernel("mosaic_gpu", "cuda", gpu, configurable))
+        kernel = _kernel("mosaic_gpu", "cuda", gpu, configurable)
+        kernels.append(dataclasses.replace(kernel, on_request=frozenset(on_request)))
     return *kernels, fallback
 
 

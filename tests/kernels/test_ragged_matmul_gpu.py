@@ -170,6 +170,17 @@ def test_what_is_left_to_xla(change, reason):
     assert dispatch.explain(problem, "h100").chosen == "xla"
 
 
+def test_it_runs_where_it_is_named():
+    """Until a GPU has run it."""
+    struct = jax.ShapeDtypeStruct
+    x, w = struct((4096, 4096), "int8"), struct((8, 4096, 4096), "int8")
+    options = {"rhs_transposed": True, "out_dtype": "bfloat16"}
+    problem = gmm_problem_of(x, w, struct((8,), "int32"), **options)
+    explained = dispatch.explain(problem, "h100")
+    assert explained.chosen == "xla" and "has not run on a h100" in str(explained)
+    assert dispatch.explain(problem, "h100", implementation="mosaic_gpu").chosen == "mosaic_gpu"
+
+
 # --- the real compiler
 
 

@@ -38,7 +38,7 @@ def run(
     chip: Chip,
     interpret: Any = False,
 ) -> jax.Array:
-    """[batch, M, N] in `problem.out_dtype`: lhs [batch, M, K] times rhs [batch, N, K], and bias [batch, 1, N].
+    """[batch, M, N] in `problem.out_dtype`: lhs [batch, M, K] times rhs [batch, N, K], bias [batch, 1, N].
 
     A batch of 1 is shared.
 

@@ -52,7 +52,11 @@ def _xla_estimate(problem: MatmulProblem, chip: Chip) -> dispatch.Estimate:
 dispatch.register(
     MatmulProblem,
     lowering.kernels_or_xla(
-        "qwix_kernels.matmul.tpu_stored", _run_xla, _xla_estimate, gpu="qwix_kernels.matmul.gpu"
+        "qwix_kernels.matmul.tpu_stored",
+        _run_xla,
+        _xla_estimate,
+        gpu="qwix_kernels.matmul.gpu",
+        on_request=("b200",),
     ),
 )
 

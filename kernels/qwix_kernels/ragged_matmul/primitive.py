@@ -48,7 +48,11 @@ def _run_tgmm(problem: TgmmProblem, *operands: Any, config: Any, chip: chips.Chi
 
 _HERE = "qwix_kernels.ragged_matmul"
 dispatch.register(
-    GmmProblem, lowering.kernels_or_xla(f"{_HERE}.tpu", _run_gmm, _gmm_estimate, gpu=f"{_HERE}.gpu")
+    GmmProblem,
+    # An earlier form was wrong at the right edge on an H100, and crashed. Both are mended, and not run since.
+    lowering.kernels_or_xla(
+        f"{_HERE}.tpu", _run_gmm, _gmm_estimate, gpu=f"{_HERE}.gpu", on_request=("h100",)
+    ),
 )
 dispatch.register(TgmmProblem, lowering.kernels_or_xla(f"{_HERE}.tpu_tgmm", _run_tgmm, _tgmm_estimate))
 
