@@ -23,7 +23,7 @@ from qwix_kernels.matmul import gpu_sm90_kernel
 from qwix_kernels.matmul.elementwise import activate
 from qwix_kernels.matmul.gpu_estimate import estimate, heuristic_config
 from qwix_kernels.matmul.gpu_plan import Config, Plan, check, resolve, varies
-from qwix_kernels.problem import MatmulProblem, Tensor, dtype_bits
+from qwix_kernels.problem import Epilogue, MatmulProblem, Tensor, dtype_bits
 
 __all__ = ["Config", "check", "estimate", "heuristic_config", "run"]
 
@@ -112,7 +112,7 @@ def _finished(plan: Plan, parts: jax.Array, named: dict[str, jax.Array]) -> jax.
         z = z * named["lhs_scale"][:, 0, : p.m, None]
     if "bias" in named:
         z = z + named["bias"][:, :, : p.n]
-    return activate(z, p.epilogue and p.epilogue.activation).astype(p.out_dtype)
+    return activate(z, (p.epilogue or Epilogue()).activation).astype(p.out_dtype)
 
 
 def scratch_types(plan: Plan, interpret: bool) -> dict[str, Any]:

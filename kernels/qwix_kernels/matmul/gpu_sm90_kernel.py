@@ -53,6 +53,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwix_kernels.matmul import gpu_values
 from qwix_kernels.matmul.elementwise import activate
 from qwix_kernels.matmul.gpu_plan import MEMORY_REGISTERS, Plan
+from qwix_kernels.problem import Epilogue
 
 # Blocks of rows that are worked on together, so that what they share stays in the L2 cache.
 _TOGETHER = 8
@@ -324,7 +325,7 @@ def _store(mine: _Mine, split, batch, i, j, z: jax.Array, scales: Scales | None)
         for axis, scale in enumerate(factors):
             z = z if scale is None else z * lax.broadcast_in_dim(scale, z.shape, (axis,))
         z = z if bias is None else z + lax.broadcast_in_dim(bias, z.shape, (0,))
-        z = activate(z, p.epilogue and p.epilogue.activation).astype(p.out_dtype)
+        z = activate(z, (p.epilogue or Epilogue()).activation).astype(p.out_dtype)
     out = refs["out"].at[split, batch] if plan.partial else refs["out"].at[batch]
     for number, start in enumerate(range(0, c.block_m, plan.epilogue_m)):
         chunk = z[:, start : start + plan.epilogue_m]
