@@ -88,6 +88,7 @@ def test_schemes(lhs, rhs, lhs_tile, rhs_tile, out):
     assert_right(x, w, [9, 18], Config(16, 64, 64, 2, 1), out=out)
 
 
+@pytest.mark.large
 def test_what_is_fused_elsewhere_and_other_devices_groups():
     """Rows are quantized before the kernel; a gate, biases and an activation follow it."""
     rng = np.random.default_rng(2)
