@@ -118,6 +118,15 @@ def row_bytes(scheme: Scheme, m: int, k: int) -> int:
     return m * k * (16 + dtype_bits(how.dtype)) // 8 if how else 0
 
 
+def asked(chip: str, sizes: Sequence[tuple[int, int, int]], schemes: Sequence[str]) -> list[Cell]:
+    """Each scheme on each (M, K, N).
+
+    >>> [str(cell) for cell in asked("h100", [(16, 256, 512), (64, 256, 512)], ["w8a8"])]
+    ['h100 w8a8 16 x 256 x 512', 'h100 w8a8 64 x 256 x 512']
+    """
+    return [Cell(chip, name, *size) for size in sizes for name in schemes]
+
+
 def shapes_of(scheme: Scheme, m: int, k: int, n: int, prepacked: bool = True) -> list[jax.ShapeDtypeStruct]:
     """As problems.shapes_of, one batch; the weight and what belongs to it [1, N, K] where `prepacked`.
 

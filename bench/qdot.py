@@ -68,7 +68,7 @@ def _on_gpu(chip: Any) -> dict[str, Any]:
     if flags.FLAGS["shapes"].present or flags.FLAGS["schemes"].present:
         schemes = _SCHEMES.value if flags.FLAGS["schemes"].present else gpu_problems.SCHEMES
         shapes = qdot_rows.checked(_SHAPES.value, schemes)
-        cells = [gpu_problems.Cell(chip.name, name, *shape) for shape in shapes for name in schemes]
+        cells = gpu_problems.asked(chip.name, shapes, schemes)
     rows = []
     for row in gpu_measured.measure(chip, cells, _ROUNDS.value):
         print(qdot_tables.gpu_summary(row), file=sys.stderr, flush=True)

@@ -4,9 +4,9 @@
 message of the ImportError says how to install them. `fake_quant` needs neither.
 """
 
-from qwix._src.providers.odml_convert import Signature, convert
-from qwix._src.providers.odml_fake_quant import fake_quant
-from qwix._src.providers.odml_integer_io import with_integer_io
-from qwix._src.providers.odml_model import Op, Summary, TfliteModel
+from qwix._src.odml_convert import Signature, convert
+from qwix._src.odml_fake_quant import fake_quant
+from qwix._src.odml_integer_io import with_integer_io
+from qwix._src.odml_model import Op, Summary, TfliteModel
 
 __all__ = ["Op", "Signature", "Summary", "TfliteModel", "convert", "fake_quant", "with_integer_io"]

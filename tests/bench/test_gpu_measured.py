@@ -2,11 +2,9 @@
 
 import jax.numpy as jnp
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from qwix_kernels import chips
 
-from bench import device_trace, gpu_measured, gpu_problems, qdot, qdot_tables
+from bench import device_trace, gpu_measured, gpu_problems, qdot_tables
 from bench.gpu_problems import Cell
 from bench.shapes import scheme
 
@@ -56,21 +54,9 @@ def test_what_fails_is_a_row(timed):
     assert "the tile 128 does not divide K=100" in rows[0]["error"]
 
 
-def test_cells_are_those_that_are_asked_for(monkeypatch, capsys):
-    asked = []
-
-    def measure(chip, cells, rounds):
-        asked.extend(cells)
-        yield from ({**gpu_measured._named(cell), "error": "not here"} for cell in cells)
-
-    monkeypatch.setattr(gpu_measured, "measure", measure)
-    monkeypatch.setattr(gpu_measured, "limits", lambda rounds: LIMITS)
-    with flagsaver.flagsaver():
-        flags.FLAGS(["qdot", "--shapes", "16x256x512,64x256x512", "--schemes", "w8a8"])
-        result = qdot._on_gpu(H100)
-    assert asked == [Cell("h100", "w8a8", m, 256, 512) for m in (16, 64)]
-    assert result["limits"] == LIMITS and len(result["gpu"]) == 2
-    assert "w8a8 16 x 256 x 512: not here" in capsys.readouterr().err
+def test_cells_are_those_that_are_asked_for():
+    found = gpu_problems.asked("h100", [(16, 256, 512), (64, 256, 512)], ["w8a8"])
+    assert found == [Cell("h100", "w8a8", m, 256, 512) for m in (16, 64)]
 
 
 def test_shares():

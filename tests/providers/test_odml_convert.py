@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qwix import odml
-from qwix._src.providers import odml_model
+from qwix._src import odml_model
 from qwix.odml import Op, Signature, Summary, TfliteModel, convert, fake_quant, with_integer_io
 
 MISSING = [name for name in ("ai_edge_litert", "litert_converter") if importlib.util.find_spec(name) is None]

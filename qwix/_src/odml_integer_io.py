@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from qwix._src.providers.odml_model import TfliteModel, needed, op_names
+from qwix._src.odml_model import TfliteModel, needed, op_names
 
 
 def with_integer_io(model: TfliteModel) -> TfliteModel:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
-from qwix._src.providers.odml_model import TfliteModel, needed
+from qwix._src.odml_model import TfliteModel, needed
 
 _ILLEGAL = re.compile(r"failed to legalize operation '([\w.]+)'")
 _CALL = re.compile(r'call_target_name = "([^"]+)"')
