@@ -43,7 +43,8 @@ def matmul(
 
     Integers without scales give their exact int32 accumulator. Anything else is computed in float32 (integer
     products in integers, as long as their scale is shared) and rounded once, to `out_dtype`;
-    `reference.error_bound` says how far from the exact result it may be.
+    `reference.error_bound` says how far from the exact result it may be. Hopper sums products of 8-bit floats
+    more coarsely, unless `precision` is "highest".
 
     Args:
       lhs: a `Tensor` or a plain array, [batch, M, K]. A batch of 1 is shared by all batches of the other

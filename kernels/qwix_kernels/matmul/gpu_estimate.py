@@ -1,6 +1,6 @@
 """What the Hopper kernel costs, and the blocks that cost least: a static model, fitted to measurements.
 
-    time      = launch + the greater of compute and memory
+    time      = launch + (compute^3 + memory^3)^(1/3): the greater one, and some of the lesser in its way
     compute   = the thread blocks' turns x (steps of K x the cycles of one step + an epilogue)
     one step  = matrix instructions, beside which weights are widened; scales after the dot come on top
 
@@ -47,7 +47,7 @@ def estimate(p: MatmulProblem, chip: Chip, config: Config) -> Estimate:
     if plan.partial:
         moved = p.batch * p.m * p.n * (4 * (config.splits + 1) + dtype_bits(p.out_dtype) / 8)
         after = 1.5 + moved / per_us
-    static = (compute**3 + memory**3) ** (1 / 3) + LAUNCH_US + after  # the lesser one is in the other's way
+    static = (compute**3 + memory**3) ** (1 / 3) + LAUNCH_US + after
     how = f"{config.strategy}, {plan.items} blocks of {config.block_m} x {config.block_n}"
     return Estimate(compute, memory, static, max(cost.floor(p, chip)), how)
 

@@ -17,6 +17,7 @@ import math
 
 from qwix_kernels.chips import Chip
 from qwix_kernels.matmul import gpu_sm100_scaled
+from qwix_kernels.matmul.gpu_plan import MOST_K
 from qwix_kernels.problem import MatmulProblem, Operand, dtype_bits
 
 FP8 = ("float8_e4m3fn", "float8_e5m2")
@@ -28,7 +29,6 @@ CONVERTED = {
     "int8": ("int4",),
     "float8_e4m3fn": ("int4", "float4_e2m1fn"),
 }
-MOST_K = 1 << 17  # the longest sum of products of bytes that is sure to fit int32
 ROWS = 8  # the copy engine moves tiles of so many rows, and must find whole ones
 ALIGNED = 32  # bytes: the least columns of such a tile that the matrix unit reads
 LEAST_SWIZZLE = 256  # bits of a row of a block that the matrix unit reads
