@@ -1,10 +1,5 @@
-"""JAX functions as `.tflite` files, by LiteRT's converter, run by its interpreter and compared.
+"""JAX functions as `.tflite` files, by LiteRT's converter, run by its interpreter and compared."""
 
-Both are packages that this project does not depend on: where they are missing, only what needs neither is
-tested.
-"""
-
-import importlib.util
 import sys
 
 import jax
@@ -13,11 +8,8 @@ import numpy as np
 import pytest
 
 from qwix import odml
-from qwix._src import odml_model
 from qwix.odml import Op, Signature, Summary, TfliteModel, convert, fake_quant, with_integer_io
 
-MISSING = [name for name in ("ai_edge_litert", "litert_converter") if importlib.util.find_spec(name) is None]
-needs_litert = pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} are missing: {odml_model.INSTALL}")
 RNG = np.random.default_rng(0)
 X = RNG.uniform(-2, 2, (4, 16)).astype(np.float32)
 W = RNG.normal(size=(16, 8)).astype(np.float32)
@@ -111,7 +103,6 @@ def test_the_summary_names_float_ops():
     assert odml.__all__ == sorted(odml.__all__, key=lambda name: (name[0].islower(), name))
 
 
-@needs_litert
 @pytest.mark.parametrize("zero_point", [None, 3])
 @pytest.mark.parametrize(("qtype", "axis"), [("int8", 1), ("int8", None), ("int4", 1)])
 def test_a_dense_layer_becomes_integer_and_agrees(tmp_path, qtype, axis, zero_point):
@@ -132,7 +123,6 @@ def test_a_dense_layer_becomes_integer_and_agrees(tmp_path, qtype, axis, zero_po
     np.testing.assert_array_equal(loaded.run({"x": X}, "serving_default")["y"], got)
 
 
-@needs_litert
 def test_a_convolution_with_a_scale_for_each_channel_agrees():
     image = RNG.uniform(-1, 1, (1, 8, 8, 4)).astype(np.float32)
     kernel = RNG.normal(size=(3, 3, 4, 6)).astype(np.float32)
@@ -150,7 +140,6 @@ def test_a_convolution_with_a_scale_for_each_channel_agrees():
     assert np.abs(got - run(image)).max() <= 0.15 * 1.001
 
 
-@needs_litert
 def test_floats_between_integers_are_warned_of_or_refused():
     sine = Signature(lambda x: fake_quant(jnp.sin(fake_quant(x, 0.02)), 1 / 128), (X,))
     with pytest.warns(UserWarning, match="1 float op beside quantized ones: SIN in 'serving_default'"):
@@ -161,7 +150,6 @@ def test_floats_between_integers_are_warned_of_or_refused():
     convert(Signature(jnp.tanh, (X,)), strict=True)  # a float model is not a broken integer one
 
 
-@needs_litert
 def test_several_signatures_of_trees():
     first = Signature(dense("int8", 1, None), (X,), "quantized")
     second = Signature(lambda a, b: {"sum": a + b["c"], "tanh": jnp.tanh(a)}, (X, {"c": X}), "other")
@@ -178,7 +166,6 @@ def test_several_signatures_of_trees():
         model.run({"x": X})
 
 
-@needs_litert
 def test_wrong_inputs_of_a_run_are_named():
     model = convert(Signature(jnp.tanh, (X,)))
     with pytest.raises(ValueError, match=r"has the inputs \['x'\], got \['y'\]"):
@@ -191,13 +178,11 @@ def test_wrong_inputs_of_a_run_are_named():
         model.run({"x": X[:3]})
 
 
-@needs_litert
 def test_an_op_without_a_form_in_litert_is_named():
     with pytest.raises(ValueError, match=r"serving_default: it has no form of the ops lapack_\w+"):
         convert(Signature(lambda x: jnp.linalg.eigh(x @ x.T)[0], (X,)))
 
 
-@needs_litert
 def test_integer_inputs_and_outputs_are_those_inside():
     run = dense("int8", 1, 3)
     model = convert(
@@ -215,7 +200,6 @@ def test_integer_inputs_and_outputs_are_those_inside():
     np.testing.assert_allclose(got, want["y"], rtol=1e-6)
 
 
-@needs_litert
 def test_inputs_and_outputs_that_are_floats_inside_are_named():
     half = lambda x: fake_quant(jnp.tanh(fake_quant(x, 0.02)), 1 / 128)
     with pytest.warns(UserWarning, match="float op"):
