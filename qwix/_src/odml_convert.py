@@ -7,6 +7,7 @@ stored in the file.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import warnings
@@ -63,10 +64,22 @@ class Signature:
         object.__setattr__(self, "sample_inputs", shapes)
         names = _parameters(self.fn, len(shapes))
         given = [_text([names[path[0].idx], *path[1:]]) for path, _ in inputs]
-        outputs = jax.tree_util.tree_flatten_with_path(jax.eval_shape(self.fn, *shapes))[0]
+        made = self._jitted.eval_shape(*jax.tree.leaves(shapes))
+        outputs = jax.tree_util.tree_flatten_with_path(made)[0]
         made = ["_".join(filter(None, ("" if _is_key(p) else "output", _text(p)))) for p, _ in outputs]
         self._set("input_names", given)
         self._set("output_names", made)
+
+    @functools.cached_property
+    def _jitted(self) -> Any:
+        """fn of the leaves of its inputs. It is one object, so that JAX traces it once."""
+        tree = jax.tree.structure(self.sample_inputs)
+        return jax.jit(lambda *leaves: self.fn(*jax.tree.unflatten(tree, leaves)), keep_unused=True)
+
+    def program(self) -> str:
+        """The function as a StableHLO module, of the leaves of its inputs."""
+        exported = jax.export.export(self._jitted, platforms=["cpu"])
+        return exported(*jax.tree.leaves(self.sample_inputs)).mlir_module()
 
     def _set(self, field: str, default: Sequence[str]) -> None:
         names = getattr(self, field)
@@ -114,38 +127,52 @@ def convert(*signatures: Signature, strict: bool = False) -> TfliteModel:
     >>> [op.name for op in model.summary().ops]  # doctest: +SKIP
     ['QUANTIZE', 'TANH', 'DEQUANTIZE']
     """
+    model = run_converter(signatures)
+    if message := floats_beside_integers(model):
+        if strict:
+            raise ValueError(f"{message} Mark what they read and write by fake_quant, or leave out strict.")
+        warnings.warn(message, stacklevel=2)
+    return model
+
+
+def run_converter(signatures: Sequence[Signature]) -> TfliteModel:
+    """`convert` without a look at what came out."""
     names = [one.name for one in signatures]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"convert takes signatures of different names, at least one; got {names}.")
-    api, mlir = needed("litert_converter.converter_api_ext"), needed("litert_converter.mlir.ir")
-    manager = needed("litert_converter.mlir.passmanager")
+    api, mlir, manager = converter()
     config = api.ConvertToTFLConfig()
     config.strict_qdq_mode = True  # else what is between two fake_quants stays float
     with mlir.Context() as context:
         api.prepare_mlir_context(context)
         modules = []
         for one in signatures:
-            modules.append(mlir.Module.parse(_program(one)))
+            modules.append(mlir.Module.parse(one.program()))
             api.set_signature(modules[-1].operation, one.name, one.input_names, one.output_names)
         module = modules[0] if len(modules) == 1 else api.merge_modules(modules)
         try:
             api.run_convert_to_tfl_passes(module, manager.PassManager(), config)
-            content = api.export_flatbuffer_to_bytes(module.operation)
+            return TfliteModel(api.export_flatbuffer_to_bytes(module.operation))
         except ValueError as error:
             raise ValueError(_refused(names, str(error))) from error
-    model = TfliteModel(content)
-    _check_floats(model, strict)
-    return model
 
 
-def _program(one: Signature) -> str:
-    """The function as a StableHLO module, of its leaves, returning a tuple."""
-    leaves, tree = jax.tree.flatten(one.sample_inputs)
+def converter() -> tuple[Any, Any, Any]:
+    """LiteRT's converter, its MLIR and its passes. Raises ImportError that says how to install them."""
+    modules = ("converter_api_ext", "mlir.ir", "mlir.passmanager")
+    api, mlir, manager = (needed(f"litert_converter.{name}") for name in modules)
+    return api, mlir, manager
 
-    def flat(*leaves: Any) -> tuple[Any, ...]:
-        return tuple(jax.tree.leaves(one.fn(*jax.tree.unflatten(tree, leaves))))
 
-    return jax.export.export(jax.jit(flat), platforms=["cpu"])(*leaves).mlir_module()
+def floats_beside_integers(model: TfliteModel) -> str:
+    """Names the float ops of programs that have quantized ones; empty if there are none."""
+    summary = model.summary()
+    quantized = {op.signature for op in summary.ops if op.name == "QUANTIZE"}
+    floats = [op for op in summary.float_ops if op.signature in quantized]
+    if not floats:
+        return ""
+    where = ", ".join(sorted({f"{op.name} in {op.signature!r}" for op in floats}))
+    return f"{len(floats)} float op{'s' * (len(floats) > 1)} beside quantized ones: {where}."
 
 
 def _refused(names: Sequence[str], error: str) -> str:
@@ -153,16 +180,3 @@ def _refused(names: Sequence[str], error: str) -> str:
     what = f"the ops {', '.join(ops)}" if ops else "an op of it"
     which = ", ".join(names)
     return f"LiteRT's converter can't convert {which}: it has no form of {what}. It says: {error[:500]}"
-
-
-def _check_floats(model: TfliteModel, strict: bool) -> None:
-    summary = model.summary()
-    quantized = {op.signature for op in summary.ops if op.name == "QUANTIZE"}
-    floats = [op for op in summary.float_ops if op.signature in quantized]
-    if not floats:
-        return
-    where = ", ".join(sorted({f"{op.name} in {op.signature!r}" for op in floats}))
-    message = f"{len(floats)} float op{'s' * (len(floats) > 1)} beside quantized ones: {where}."
-    if strict:
-        raise ValueError(f"{message} Mark what they read and write by fake_quant, or leave out strict.")
-    warnings.warn(message, stacklevel=3)

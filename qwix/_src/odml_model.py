@@ -19,6 +19,8 @@ import numpy as np
 
 INSTALL = "pip install ai-edge-litert==2.3.0 && pip install --no-deps litert-converter==0.5.0"
 _CASTS = ("QUANTIZE", "DEQUANTIZE")
+# What may run a file -> the interpreter's name of it. XNNPACK leaves what it lacks to the builtin kernels.
+KERNELS = {"xnnpack": "BUILTIN", "builtin": "BUILTIN_WITHOUT_DEFAULT_DELEGATES", "reference": "BUILTIN_REF"}
 
 
 def needed(module: str) -> Any:
@@ -39,6 +41,7 @@ class Op:
       signature: that whose program it is in.
       inputs, outputs: the types of what it reads and writes, "int8" say, constants left out.
       constants: the types of the constants that it reads.
+      constant_bytes: what these take. Of a constant that several ops read, each counts all of it.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Op:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     constants: tuple[str, ...] = ()
+    constant_bytes: int = 0
 
     @property
     def is_float(self) -> bool:
@@ -63,12 +67,13 @@ class Summary:
       bytes: of the file.
       constant_bytes: of the weights and other constants in it.
 
-    >>> ops = (Op("QUANTIZE", "f", ("float32",), ("int8",)), Op("TANH", "f", ("int8",), ("int8",)))
-    >>> print(Summary(ops, 1000, 64))
-    op        n  inputs   constants  outputs
-    QUANTIZE  1  float32             int8
-    TANH      1  int8                int8
-    1000 bytes, 64 of them constants; no float ops.
+    >>> ops = [Op("QUANTIZE", "f", ("float32",), ("int8",))]
+    >>> ops += [Op("FULLY_CONNECTED", "f", ("int8",), ("int8",), ("int8", "int32"), 320)] * 2
+    >>> print(Summary(tuple(ops), 1000, 640))
+    op               n  inputs   constants    outputs  constant bytes
+    QUANTIZE         1  float32               int8                  0
+    FULLY_CONNECTED  2  int8     int8, int32  int8                640
+    1000 bytes, 640 of them constants; 2 integer ops; no float ops.
     """
 
     ops: tuple[Op, ...]
@@ -80,16 +85,28 @@ class Summary:
         """The ops that compute with floats."""
         return tuple(op for op in self.ops if op.is_float)
 
+    @property
+    def integer_ops(self) -> tuple[Op, ...]:
+        """The ops that compute with integers; QUANTIZE and DEQUANTIZE don't count."""
+        return tuple(op for op in self.ops if not op.is_float and op.name not in _CASTS)
+
     def __str__(self) -> str:
-        titles = ("op", "n", "inputs", "constants", "outputs")
-        counts = Counter((op.name, op.inputs, op.constants, op.outputs) for op in self.ops)
-        rows = [titles, *((key[0], str(n), *map(", ".join, key[1:])) for key, n in counts.items())]
+        titles = ("op", "n", "inputs", "constants", "outputs", "constant bytes")
+        kind = lambda op: (op.name, op.inputs, op.constants, op.outputs)
+        counts, sizes = Counter(map(kind, self.ops)), Counter[Any]()
+        for op in self.ops:
+            sizes[kind(op)] += op.constant_bytes
+        row = lambda key, n: (key[0], str(n), *map(", ".join, key[1:]), str(sizes[key]))
+        rows = [titles, *(row(key, n) for key, n in counts.items())]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        pad = lambda row: "  ".join(text.ljust(n) for text, n in zip(row, widths, strict=True)).rstrip()
+        left = lambda texts: "  ".join(text.ljust(n) for text, n in zip(texts, widths[:-1], strict=True))
+        lines = [f"{left(texts[:-1])}  {texts[-1].rjust(widths[-1])}" for texts in rows]
+        count = lambda ops: f"{len(ops) or 'no'} {{}} op{'s' * (len(ops) != 1)}"
         names = ", ".join(sorted({op.name for op in self.float_ops}))
-        floats = f"{len(self.float_ops)} float ops: {names}" if names else "no float ops"
-        end = f"{self.bytes} bytes, {self.constant_bytes} of them constants; {floats}."
-        return "\n".join([*map(pad, rows), end])
+        floats = count(self.float_ops).format("float") + (f": {names}" if names else "")
+        integers = count(self.integer_ops).format("integer")
+        end = f"{self.bytes} bytes, {self.constant_bytes} of them constants; {integers}; {floats}."
+        return "\n".join([*lines, end])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,31 +130,43 @@ class TfliteModel:
 
     @functools.cached_property
     def signatures(self) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-        """{name: (names of its inputs, names of its outputs)}."""
-        names = lambda maps: tuple(item.name.decode() for item in maps or ())
-        return {
-            one.signatureKey.decode(): (names(one.inputs), names(one.outputs))
-            for one in self._read.signatureDefs or ()
-        }
+        """{name: (names of its inputs, names of its outputs)}, in the order of the program's."""
 
-    def run(self, inputs: Mapping[str, Any], signature: str | None = None) -> dict[str, np.ndarray]:
+        def names(maps: Any, tensors: Any) -> tuple[str, ...]:
+            order = sorted(maps or (), key=lambda item: list(tensors).index(item.tensorIndex))
+            return tuple(item.name.decode() for item in order)
+
+        found = {}
+        for one in self._read.signatureDefs or ():
+            graph = self._read.subgraphs[one.subgraphIndex]
+            found[one.signatureKey.decode()] = (
+                names(one.inputs, graph.inputs),
+                names(one.outputs, graph.outputs),
+            )
+        return found
+
+    def run(
+        self, inputs: Mapping[str, Any], signature: str | None = None, *, kernels: str = "xnnpack"
+    ) -> dict[str, np.ndarray]:
         """Runs a signature by LiteRT's interpreter, on this machine's CPU.
 
         Args:
           inputs: {name: array}, of numpy or JAX, with the shapes and dtypes that the file has.
           signature: which one; may be left out where there is one.
+          kernels: whose results: "xnnpack", which is the interpreter's default, the interpreter's own
+            "builtin" ones, or its plain and slow "reference". They round differently here and there.
 
         Returns: {name: array} of the outputs.
 
         Raises:
-          ValueError: a signature, names, shapes or dtypes that the file does not have.
+          ValueError: kernels, a signature, names, shapes or dtypes that there are not.
           ImportError: ai-edge-litert is not installed.
         """
         name = self._chosen(signature)
         expected = self.signatures[name][0]
         if set(inputs) != set(expected):
             raise ValueError(f"{name!r} has the inputs {list(expected)}, got {list(inputs)}.")
-        runner = self._interpreter.get_signature_runner(name)
+        runner = self._interpreter(kernels).get_signature_runner(name)
         arrays = {key: np.asarray(x) for key, x in jax.device_get(dict(inputs)).items()}
         for key, details in runner.get_input_details().items():
             shape, dtype = tuple(map(int, details["shape"])), np.dtype(details["dtype"])
@@ -179,9 +208,20 @@ class TfliteModel:
             raise ValueError(f"signature is {signature!r}; the file has {list(self.signatures)}.")
         return signature
 
+    def _interpreter(self, kernels: str) -> Any:
+        if kernels not in KERNELS:
+            raise ValueError(f"kernels is {kernels!r}; it is one of {', '.join(map(repr, KERNELS))}.")
+        if kernels not in self._interpreters:
+            litert = needed("ai_edge_litert.interpreter")
+            which = getattr(litert.OpResolverType, KERNELS[kernels])
+            self._interpreters[kernels] = litert.Interpreter(
+                model_content=self.content, experimental_op_resolver_type=which
+            )
+        return self._interpreters[kernels]
+
     @functools.cached_property
-    def _interpreter(self) -> Any:
-        return needed("ai_edge_litert.interpreter").Interpreter(model_content=self.content)
+    def _interpreters(self) -> dict[str, Any]:
+        return {}
 
     @functools.cached_property
     def _read(self) -> Any:
@@ -192,15 +232,17 @@ class TfliteModel:
         which = self._definition(signature).subgraphIndex
         types = _names(needed("ai_edge_litert.schema_py_generated").TensorType)
         names, graph = op_names(self._read), self._read.subgraphs[which]
-        is_constant = lambda i: self._read.buffers[graph.tensors[i].buffer].data is not None
+        data = lambda i: self._read.buffers[graph.tensors[i].buffer].data
         kinds = lambda places: tuple(types[graph.tensors[i].type].lower() for i in places)
         found = []
         for operator in graph.operators:
             name = names[operator.opcodeIndex]
             reads = [i for i in operator.inputs if i >= 0]
-            constants = [i for i in reads if is_constant(i)]
+            constants = [i for i in reads if data(i) is not None]
             moving = [i for i in reads if i not in constants]
-            found.append(Op(name, signature, kinds(moving), kinds(operator.outputs), kinds(constants)))
+            size = sum(len(data(i)) for i in constants)
+            types_of = kinds(moving), kinds(operator.outputs), kinds(constants)
+            found.append(Op(name, signature, *types_of, size))
         return found
 
 

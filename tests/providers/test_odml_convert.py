@@ -97,7 +97,8 @@ def test_a_missing_converter_is_said_with_what_installs_it(monkeypatch):
 def test_the_summary_names_float_ops():
     ops = Op("SIN", "f", ("float32",), ("float32",)), Op("CAST", "f", ("int8",), ("float32",))
     assert (
-        str(Summary(ops, 10, 0)).splitlines()[-1] == "10 bytes, 0 of them constants; 2 float ops: CAST, SIN."
+        str(Summary(ops, 10, 0)).splitlines()[-1]
+        == "10 bytes, 0 of them constants; no integer ops; 2 float ops: CAST, SIN."
     )
     assert not Op("DEQUANTIZE", "f", ("int8",), ("float32",)).is_float
     assert odml.__all__ == sorted(odml.__all__, key=lambda name: (name[0].islower(), name))
@@ -166,8 +167,19 @@ def test_several_signatures_of_trees():
         model.run({"x": X})
 
 
+def test_a_function_is_traced_once():
+    calls = []
+    model = convert(Signature(lambda x, unused: (calls.append(1), jnp.tanh(x))[1], (X, X)))
+    assert calls == [1] and model.signatures == {"serving_default": (("x", "unused"), ("output",))}
+
+
 def test_wrong_inputs_of_a_run_are_named():
     model = convert(Signature(jnp.tanh, (X,)))
+    for kernels in ("builtin", "reference"):
+        got, want = (model.run({"x": X}, kernels=k)["output"] for k in (kernels, "xnnpack"))
+        np.testing.assert_allclose(got, want, atol=1e-6)
+    with pytest.raises(ValueError, match="kernels is 'fast'; it is one of 'xnnpack', 'builtin', 'reference'"):
+        model.run({"x": X}, kernels="fast")
     with pytest.raises(ValueError, match=r"has the inputs \['x'\], got \['y'\]"):
         model.run({"y": X})
     with pytest.raises(
