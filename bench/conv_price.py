@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -24,7 +23,7 @@ from typing import Any
 
 import tqdm
 
-from bench import child, misses, shapes
+from bench import op_suite, shapes
 from bench.cells import check_chips
 from bench.shapes import ConvLayer
 from bench.targets import Miss
@@ -106,61 +105,37 @@ def cells(chips: Sequence[str], schemes: Sequence[str] = ()) -> list[ConvCell]:
     return found
 
 
-def plan(wanted: Sequence[ConvCell]) -> str:
-    """What `price` would compile, in words."""
-    lines = [str(cell) for cell in wanted]
-    seconds = 14 * len(wanted)
-    lines.append(
-        f"{len(wanted)} cells: about {math.ceil(seconds / 60)} minutes of one processor, if none is known"
-    )
-    return "\n".join(lines)
-
-
 def price(wanted: Sequence[ConvCell], cache: str | None = None) -> Iterator[Row]:
     """Rows in the order of the cells, with a bar on standard error."""
     with tempfile.TemporaryDirectory(prefix="qwix_conv_") as folder, contextlib.ExitStack() as stack:
         where = os.path.abspath(cache) if cache else ""
-        kernels, plain = _Worker([folder, where], folder, "kernels"), _Worker(["", where], folder, "xla")
+        started = lambda name, bundles: op_suite.Worker(
+            "bench.conv_compile", [bundles, where], os.path.join(folder, f"stderr of {name}")
+        )
+        kernels, plain = started("kernels", folder), started("xla", "")
         stack.callback(kernels.close)
         stack.callback(plain.close)
         for cell in tqdm.tqdm(wanted, unit="cell", mininterval=5, disable=len(wanted) == 1):
             yield _row(cell, kernels, plain)
 
 
-class _Worker:
-    """A conv_compile.py process, started when it is needed and again where one died."""
+def _ops(worker: op_suite.Worker, cell: ConvCell, program: str) -> list[Any]:
+    """The ops of a program. Raises RuntimeError with what the compiler says against it."""
+    from bench.tpu_compile import OpCost
 
-    def __init__(self, arguments: Sequence[str], folder: str, name: str):
-        self._arguments, self._log = arguments, os.path.join(folder, f"stderr of {name}")
-        self._child: child.Child | None = None
-
-    def ask(self, cell: ConvCell, program: str) -> list[dict[str, Any]]:
-        """The ops of a program. Raises RuntimeError with what the compiler says against it."""
-        if self._child is None:
-            self._child = child.Child("bench.conv_compile", self._arguments, self._log)
-        layer = dataclasses.asdict(cell.layer)
-        request = {"chip": cell.chip, "layer": layer, "scheme": cell.scheme, "program": program}
-        answer = self._child.request(request)
-        if answer is None:
-            words = self._child.last_words()
-            self.close()
-            raise RuntimeError(f"the compiler died: {words}")
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer["ops"]
-
-    def close(self) -> None:
-        if self._child is not None:
-            self._child.close()
-            self._child = None
+    layer = dataclasses.asdict(cell.layer)
+    answer = worker.ask({"chip": cell.chip, "layer": layer, "scheme": cell.scheme, "program": program})
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return [OpCost(**op) for op in answer["ops"]]
 
 
-def _row(cell: ConvCell, kernels: _Worker, plain: _Worker) -> Row:
+def _row(cell: ConvCell, kernels: op_suite.Worker, plain: op_suite.Worker) -> Row:
     from qwix_kernels import chips, dispatch
     from qwix_kernels.conv import cost
 
     from bench import conv_problems
-    from bench.tpu_compile import OpCost, device_bandwidth, device_cores
+    from bench.tpu_compile import device_bandwidth, device_cores
 
     spec = chips.chip(cell.chip)
     problem = conv_problems.problem(cell.layer, cell.scheme)
@@ -169,8 +144,7 @@ def _row(cell: ConvCell, kernels: _Worker, plain: _Worker) -> Row:
     notes = [f"not {name}: {reason}" for name, reason in chosen.rejected]
     try:
         worker, program = (plain, "xla") if chosen.chosen == "xla" else (kernels, "kernel")
-        ops = [OpCost(**op) for op in worker.ask(cell, program)]
-        bf16 = [OpCost(**op) for op in plain.ask(cell, "bf16")]
+        ops, bf16 = _ops(worker, cell, program), _ops(plain, cell, "bf16")
     except RuntimeError as error:
         return Row(cell, chosen.chosen, math.inf, 0, 0, floor, 0, 0, 0, 0, "; ".join(notes), str(error)[:500])
     total = lambda ops, field="static_us": sum(getattr(op, field) for op in ops)
@@ -219,62 +193,23 @@ def found_misses(rows: Iterable[Row]) -> list[Miss]:
     return found
 
 
-def checked(rows: Sequence[Row], complete: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(what fails, what is known and still so). `complete`: chips whose whole suite was priced."""
-    return misses.against(found_misses(rows), misses.load(MISSES), complete)
-
-
-def write_misses(rows: Sequence[Row], chips: Sequence[str]) -> None:
-    """Rewrites the list of known misses for these chips."""
-    known = misses.load(MISSES)
-    drafted = misses.draft(found_misses(rows), known, chips)
-    for entry in drafted:
-        entry["ladder"] = "kernels/qwix_kernels/conv/tpu_kernel.py: the ladder"
-    misses.save(drafted, MISSES)
+def _line(row: Row) -> list[str]:
+    cell, numbers = row.cell, (row.compute_us, row.memory_us, row.static_us, row.floor_us)
+    return [
+        cell.chip, cell.scheme, str(cell.layer), row.runs, *(f"{x:.1f}" for x in numbers),
+        f"{row.ratio:.2f}", f"{row.xla_bf16_us:.1f}", f"{row.xla_bf16_us / row.static_us:.2f}x",
+        f"{row.estimate_us:.1f}", f"{row.mxu_busy:.0%}", f"{row.spills:.0%}",
+    ]  # fmt: skip
 
 
 def show(rows: Iterable[Row]) -> None:
     """Prints the table, losing rows included."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title="Convolutions: static microseconds from the compiler's bundles (nothing was measured)"
-    )
-    columns = (
-        "chip",
-        "scheme",
-        "layer",
-        "runs",
-        "compute",
-        "memory",
-        "static",
-        "floor",
-        "x floor",
-        "XLA bf16",
-    )
-    for column in (*columns, "faster", "estimate", "MXU held", "spills"):
-        left = column in ("chip", "scheme", "layer", "runs")
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
-    notes = []
-    for row in rows:
-        cell = row.cell
-        if row.error:
-            notes.append(f"{cell}: {row.error}")
-            continue
-        numbers = (row.compute_us, row.memory_us, row.static_us, row.floor_us)
-        table.add_row(
-            cell.chip, cell.scheme, str(cell.layer), row.runs, *(f"{x:.1f}" for x in numbers),
-            f"{row.ratio:.2f}", f"{row.xla_bf16_us:.1f}", f"{row.xla_bf16_us / row.static_us:.2f}x",
-            f"{row.estimate_us:.1f}", f"{row.mxu_busy:.0%}", f"{row.spills:.0%}",
-        )  # fmt: skip
-        notes.append(f"{cell}: {row.note}")
-    console = Console(width=max(200, Console().width))
-    console.print(table)
-    for note in notes:
-        console.print(note, markup=False, highlight=False)
+    title = "Convolutions: static microseconds from the compiler's bundles (nothing was measured)"
+    numbers = ("compute", "memory", "static", "floor", "x floor", "XLA bf16", "faster", "estimate")
+    texts = ("chip", "scheme", "layer", "runs")
+    op_suite.print_table(title, texts, (*numbers, "MXU held", "spills"), rows, _line, lambda row: row.note)
 
 
-def dumps(rows: Iterable[Row]) -> str:
-    """As JSON."""
-    return json.dumps([row.as_json() for row in rows], indent=1)
+SUITE = op_suite.OpSuite(
+    CHIPS, cells, 14, price, found_misses, show, MISSES, "kernels/qwix_kernels/conv/tpu_kernel.py: the ladder"
+)

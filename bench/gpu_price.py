@@ -30,7 +30,6 @@ _LADDERS = {
     "b200": "kernels/qwix_kernels/matmul/gpu_sm100.py",
 }
 _RAGGED = "kernels/qwix_kernels/ragged_matmul/gpu_kernel.py"
-_SECONDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +39,14 @@ class Suite:
     name: str
 
     @property
-    def CHIPS(self) -> tuple[str, ...]:
+    def chips(self) -> tuple[str, ...]:
+        """That the whole suite is of."""
         return CHIPS
+
+    @property
+    def seconds(self) -> int:
+        """Of a processor that a cell takes."""
+        return 3
 
     def cells(self, chips: Sequence[str], schemes: Sequence[str] = ()) -> list[Any]:
         """Raises ValueError for a chip or a scheme that is not known."""
@@ -50,12 +55,6 @@ class Suite:
         _check(chips)
         of = gpu_problems.cells if self.name == "matmul" else gpu_ragged.cells
         return [cell for chip in chips for cell in of(chip, schemes)]
-
-    def plan(self, wanted: Sequence[Any]) -> str:
-        """What `price` would compile, in words."""
-        minutes = -(-_SECONDS * len(wanted) // 60)
-        last = f"{len(wanted)} cells: about {minutes} minutes of one processor, if none is known"
-        return "\n".join([*map(str, wanted), last])
 
     def price(self, wanted: Sequence[Any], cache: str | None = None) -> Iterator[Row]:
         """Rows in the order of the cells, with a bar on standard error."""
@@ -85,10 +84,6 @@ class Suite:
         from bench import gpu_table
 
         gpu_table.show(list(rows))
-
-    def dumps(self, rows: Iterable[Row]) -> str:
-        """As JSON."""
-        return json.dumps([row.as_json() for row in rows], indent=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ What misses a target is printed, and fails unless lora_known_misses.json lists i
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -23,7 +22,7 @@ from typing import Any
 
 import tqdm
 
-from bench import child, misses, shapes
+from bench import op_suite, shapes
 from bench.cells import check_chips
 from bench.shapes import Layer
 from bench.targets import Miss
@@ -108,34 +107,16 @@ def cells(chips: Sequence[str], schemes: Sequence[str] = ()) -> list[LoraCell]:
     return [cell for cell in found if not schemes or cell.scheme in schemes]
 
 
-def plan(wanted: Sequence[LoraCell]) -> str:
-    """What `price` would compile, in words."""
-    minutes = math.ceil(40 * len(wanted) / 60)
-    last = f"{len(wanted)} cells: about {minutes} minutes of one processor, if none is known"
-    return "\n".join([*map(str, wanted), last])
-
-
 def price(wanted: Sequence[LoraCell], cache: str | None = None) -> Iterator[Row]:
     """Rows in the order of the cells, with a bar on standard error."""
     with tempfile.TemporaryDirectory(prefix="qwix_lora_") as folder:
-        worker = None
+        arguments = [folder, *([os.path.abspath(cache)] if cache else [])]
+        worker = op_suite.Worker("bench.lora_compile", arguments, os.path.join(folder, "stderr"))
         for cell in tqdm.tqdm(wanted, unit="cell", mininterval=5, disable=len(wanted) == 1):
-            answers: list[dict[str, Any]] = []
-            for rank in (0, RANK):
-                if worker is None:
-                    arguments = [folder, *([os.path.abspath(cache)] if cache else [])]
-                    worker = child.Child("bench.lora_compile", arguments, os.path.join(folder, "stderr"))
-                layer = {"m": cell.m, "k": cell.layer.k, "n": cell.layer.n, "backward": cell.backward}
-                request = {"chip": cell.chip, "scheme": cell.scheme, "rank": rank, **layer}
-                answer = worker.request(request)
-                if answer is None:
-                    answer = {"error": f"the compiler died: {worker.last_words()}"}
-                    worker.close()
-                    worker = None
-                answers.append(answer)
-            yield row_of(cell, *answers)
-        if worker is not None:
-            worker.close()
+            layer = {"m": cell.m, "k": cell.layer.k, "n": cell.layer.n, "backward": cell.backward}
+            request = {"chip": cell.chip, "scheme": cell.scheme, **layer}
+            yield row_of(cell, *(worker.ask(request | {"rank": rank}) for rank in (0, RANK)))
+        worker.close()
 
 
 def row_of(cell: LoraCell, base: dict[str, Any], adapted: dict[str, Any]) -> Row:
@@ -181,47 +162,21 @@ def found_misses(rows: Sequence[Row]) -> list[Miss]:
     return found
 
 
-def checked(rows: Sequence[Row], complete: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(what fails, what is known and still so). `complete`: chips whose whole suite was priced."""
-    return misses.against(found_misses(rows), misses.load(MISSES), complete)
-
-
-def write_misses(rows: Sequence[Row], chips: Sequence[str]) -> None:
-    """Rewrites the list of known misses for these chips."""
-    drafted = misses.draft(found_misses(rows), misses.load(MISSES), chips)
-    misses.save([entry | {"ladder": LADDER} for entry in drafted], MISSES)
+def _line(row: Row) -> list[str]:
+    cell = row.cell
+    return [
+        cell.chip, cell.scheme, f"{cell.layer.name} {cell.m} x {cell.layer.k} x {cell.layer.n}",
+        "g @ w.T" if cell.backward else "x @ w", f"{row.base_us:.1f}", f"{row.static_us:.1f}",
+        f"{row.ratio:.3f}" + " over" * (row.ratio > ADAPTER), f"{row.compute_ratio:.3f}",
+        str(row.kernels), f"{row.around_us:.1f}", f"{row.mxu_busy:.0%}", row.binds,
+    ]  # fmt: skip
 
 
 def show(rows: Iterable[Row]) -> None:
     """Prints the table, losing rows included."""
-    from rich.console import Console
-    from rich.table import Table
-
     title = f"Adapters of rank {RANK}: static microseconds from the compiler's bundles (nothing was measured)"
-    table = Table(title=title)
-    for column in ("chip", "scheme", "layer", "product"):
-        table.add_column(column, no_wrap=True)
     numbers = ("base", "adapter", "ratio", "of cycles", "kernels", "XLA round it", "MXU held", "binds")
-    for column in numbers:
-        table.add_column(column, justify="right", no_wrap=True)
-    errors = []
-    for row in rows:
-        cell = row.cell
-        if row.error:
-            errors.append(f"{cell}: {row.error}")
-            continue
-        table.add_row(
-            cell.chip, cell.scheme, f"{cell.layer.name} {cell.m} x {cell.layer.k} x {cell.layer.n}",
-            "g @ w.T" if cell.backward else "x @ w", f"{row.base_us:.1f}", f"{row.static_us:.1f}",
-            f"{row.ratio:.3f}" + " over" * (row.ratio > ADAPTER), f"{row.compute_ratio:.3f}",
-            str(row.kernels), f"{row.around_us:.1f}", f"{row.mxu_busy:.0%}", row.binds,
-        )  # fmt: skip
-    console = Console(width=max(160, Console().width))
-    console.print(table)
-    for error in errors:
-        console.print(error, markup=False, highlight=False)
+    op_suite.print_table(title, ("chip", "scheme", "layer", "product"), numbers, rows, _line)
 
 
-def dumps(rows: Iterable[Row]) -> str:
-    """As JSON."""
-    return json.dumps([row.as_json() for row in rows], indent=1)
+SUITE = op_suite.OpSuite(CHIPS, cells, 40, price, found_misses, show, MISSES, LADDER)

@@ -30,6 +30,7 @@ from bench import (
     gpu_price,
     lora_price,
     misses,
+    op_suite,
     pool,
     ragged_price,
     shapes,
@@ -42,7 +43,7 @@ from bench.cache import default_folder
 from bench.cells import Cell, cells_of
 
 # Suites of other ops than matmul, with cells and targets of their own.
-_OF_ROWS = {"conv": conv_price, "ragged": ragged_price, "lora": lora_price}
+_OF_ROWS = {"conv": conv_price.SUITE, "ragged": ragged_price.SUITE, "lora": lora_price.SUITE}
 _GPU_SUITES = ("matmul", "ragged")
 _CHIP = flags.DEFINE_list(
     "chip",
@@ -241,21 +242,26 @@ def _train() -> None:
 
 def _rows(name: str, suite: Any) -> None:
     """Prices the cells of another op than matmul, and holds them to their targets."""
-    chips = _CHIP.value or suite.CHIPS
+    chips = _CHIP.value or suite.chips
     try:
         if name:
             _refuse(name, (*_FIXED, "baselines"))
         cells = suite.cells(chips, _SCHEME.value or ())
+        if not cells:
+            has = sorted({cell.scheme for cell in suite.cells(chips, ())})
+            raise ValueError(
+                f"--suite {name} has no {', '.join(_SCHEME.value or ())}; it has {', '.join(has)}."
+            )
     except ValueError as error:
         raise app.UsageError(str(error)) from None
     if _PLAN.value:
-        print(suite.plan(cells))
+        print(op_suite.plan(cells, suite.seconds))
         return
     rows = list(suite.price(cells, _CACHE.value or None))
     complete = () if _SCHEME.value else chips  # of no suite: --scheme is given
     if _WRITE_MISSES.value:
         suite.write_misses(rows, complete)
-    text = suite.dumps(rows)
+    text = op_suite.dumps(rows)
     if _OUT.value:
         with open(_OUT.value, "w") as file:
             file.write(text + "\n")

@@ -15,7 +15,6 @@ What misses a target is printed, and fails unless ragged_known_misses.json lists
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -25,7 +24,7 @@ from typing import Any
 
 import tqdm
 
-from bench import child, misses, shapes
+from bench import op_suite, shapes
 from bench.cells import check_chips
 from bench.shapes import RaggedLayer
 from bench.targets import Miss
@@ -105,30 +104,15 @@ def cells(chips: Sequence[str], schemes: Sequence[str] = ()) -> list[RaggedCell]
     return found
 
 
-def plan(wanted: Sequence[RaggedCell]) -> str:
-    """What `price` would compile, in words."""
-    minutes = math.ceil(12 * len(wanted) / 60)
-    last = f"{len(wanted)} cells: about {minutes} minutes of one processor, if none is known"
-    return "\n".join([*map(str, wanted), last])
-
-
 def price(wanted: Sequence[RaggedCell], cache: str | None = None) -> Iterator[Row]:
     """Rows in the order of the cells, with a bar on standard error."""
     with tempfile.TemporaryDirectory(prefix="qwix_ragged_") as folder:
-        worker = None
+        arguments = [folder, *([os.path.abspath(cache)] if cache else [])]
+        worker = op_suite.Worker("bench.ragged_compile", arguments, os.path.join(folder, "stderr"))
         for cell in tqdm.tqdm(wanted, unit="cell", mininterval=5, disable=len(wanted) == 1):
-            if worker is None:
-                arguments = [folder, *([os.path.abspath(cache)] if cache else [])]
-                worker = child.Child("bench.ragged_compile", arguments, os.path.join(folder, "stderr"))
             layer = dataclasses.asdict(cell.layer)
-            answer = worker.request({"chip": cell.chip, "scheme": cell.scheme, "layer": layer})
-            if answer is None:
-                answer = {"error": f"the compiler died: {worker.last_words()}"}
-                worker.close()
-                worker = None
-            yield _row(cell, answer)
-        if worker is not None:
-            worker.close()
+            yield _row(cell, worker.ask({"chip": cell.chip, "scheme": cell.scheme, "layer": layer}))
+        worker.close()
 
 
 def _row(cell: RaggedCell, answer: dict[str, Any]) -> Row:
@@ -193,49 +177,24 @@ def found_misses(rows: Sequence[Row]) -> list[Miss]:
     return found
 
 
-def checked(rows: Sequence[Row], complete: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(what fails, what is known and still so). `complete`: chips whose whole suite was priced."""
-    return misses.against(found_misses(rows), misses.load(MISSES), complete)
-
-
-def write_misses(rows: Sequence[Row], chips: Sequence[str]) -> None:
-    """Rewrites the list of known misses for these chips."""
-    drafted = misses.draft(found_misses(rows), misses.load(MISSES), chips)
-    for entry in drafted:
-        entry["ladder"] = "kernels/qwix_kernels/ragged_matmul/tpu_kernel.py: the ladder"
-    misses.save(drafted, MISSES)
+def _line(row: Row) -> list[str]:
+    cell = row.cell
+    return [
+        cell.chip, cell.scheme, str(cell.layer), row.runs, f"{row.compute_us:.1f}",
+        f"{row.memory_us:.1f}", f"{row.static_us:.1f}", f"{row.floor_us:.1f}", f"{row.ratio:.2f}",
+        f"{row.kcycles:.0f}", f"{row.estimate_us:.1f}", f"{row.mxu_busy:.0%}", f"{row.spills:.0%}",
+    ]  # fmt: skip
 
 
 def show(rows: Iterable[Row]) -> None:
     """Prints the table, losing rows included."""
-    from rich.console import Console
-    from rich.table import Table
-
     title = "Grouped matmuls: static microseconds from the compiler's bundles (nothing was measured)"
-    table = Table(title=title)
     numbers = ("compute", "memory", "static", "floor", "x floor", "kcycles", "estimate", "MXU held", "spills")
-    for column in ("chip", "scheme", "layer", "runs"):
-        table.add_column(column, no_wrap=True)
-    for column in numbers:
-        table.add_column(column, justify="right", no_wrap=True)
-    notes = []
-    for row in rows:
-        cell = row.cell
-        if row.error:
-            notes.append(f"{cell}: {row.error}")
-            continue
-        table.add_row(
-            cell.chip, cell.scheme, str(cell.layer), row.runs, f"{row.compute_us:.1f}",
-            f"{row.memory_us:.1f}", f"{row.static_us:.1f}", f"{row.floor_us:.1f}", f"{row.ratio:.2f}",
-            f"{row.kcycles:.0f}", f"{row.estimate_us:.1f}", f"{row.mxu_busy:.0%}", f"{row.spills:.0%}",
-        )  # fmt: skip
-        notes.append(f"{cell}: {row.note}")
-    console = Console(width=max(200, Console().width))
-    console.print(table)
-    for note in notes:
-        console.print(note, markup=False, highlight=False)
+    texts = ("chip", "scheme", "layer", "runs")
+    op_suite.print_table(title, texts, numbers, rows, _line, lambda row: row.note)
 
 
-def dumps(rows: Iterable[Row]) -> str:
-    """As JSON."""
-    return json.dumps([row.as_json() for row in rows], indent=1)
+SUITE = op_suite.OpSuite(
+    CHIPS, cells, 12, price, found_misses, show, MISSES,
+    "kernels/qwix_kernels/ragged_matmul/tpu_kernel.py: the ladder",
+)  # fmt: skip

@@ -11,7 +11,7 @@ from qwix_kernels import dispatch
 from qwix_kernels.chips import CHIPS
 from qwix_kernels.conv import cost
 
-from bench import conv_price, conv_problems, conv_rows, misses, shapes
+from bench import conv_price, conv_problems, conv_rows, misses, op_suite, shapes
 
 LAYER = shapes.CONVOLUTIONS["canonical"][0]
 
@@ -59,7 +59,7 @@ def test_every_cell_is_a_problem_that_dispatch_knows():
 )
 def test_misses(given, targets):
     assert [miss.target for miss in conv_price.found_misses([given])] == targets
-    fails, known = conv_price.checked([given], ())
+    fails, known = conv_price.SUITE.checked([given], ())
     listed = {(e["chip"], e["scheme"], e["rows"], e["target"]) for e in misses.load(conv_price.MISSES)}
     unlisted = [m for m in conv_price.found_misses([given]) if m.key not in listed]
     assert len(fails) >= len(unlisted) and len(fails) + len(known) == len(targets)
@@ -91,7 +91,7 @@ def test_what_is_printed(capsys):
     conv_price.show([row(), row(error="it broke")])
     said = capsys.readouterr().out
     assert "1.50x" in said and "it broke" in said and "nothing was measured" in said
-    assert json.loads(conv_price.dumps([row()]))[0]["ratio"] == 1.25
+    assert json.loads(op_suite.dumps([row()]))[0]["ratio"] == 1.25
 
 
 def test_bad_requests_are_named():
@@ -103,7 +103,7 @@ def test_bad_requests_are_named():
 
 
 def test_the_plan_and_the_examples():
-    text = conv_price.plan(conv_price.cells(["v5e"], ["w8a16"]))
+    text = op_suite.plan(conv_price.cells(["v5e"], ["w8a16"]), conv_price.SUITE.seconds)
     assert text.splitlines()[0] == "v5e w8a16 3x3 8x56x56x256 -> 256" and "1 cells" in text
     for module in (conv_rows, conv_price, conv_problems):
         assert doctest.testmod(module).failed == 0

@@ -9,7 +9,7 @@ import types
 import pytest
 from qwix_kernels import chips
 
-from bench import gpu_price, gpu_problems, gpu_ragged, gpu_table, gpu_targets, shapes
+from bench import gpu_price, gpu_problems, gpu_ragged, gpu_table, gpu_targets, op_suite, shapes
 from bench.gpu_compile import Kernel
 from bench.gpu_problems import Cell
 from bench.gpu_sass import Loop
@@ -109,7 +109,7 @@ def test_cells():
         assert len(set(map(str, cells))) == len(cells)
         for cell in cells[::5]:
             assert cell.problem and cell.request and min(cell.floor(chips.chip(cell.chip))) > 0
-        assert f"{len(cells)} cells" in suite.plan(cells)
+        assert f"{len(cells)} cells" in op_suite.plan(cells, suite.seconds)
         with pytest.raises(ValueError, match="apart from other chips"):
             suite.cells(("h100", "v5e"))
         with pytest.raises(ValueError, match="Unknown scheme"):
@@ -148,7 +148,7 @@ def test_the_table(capsys):
     printed = capsys.readouterr().out
     assert "nothing was measured" in printed and "IGMMA x8" in printed and "too small" in printed
     assert all(len(gpu_table.line(one)) == len(gpu_table.COLUMNS) for one in rows)
-    assert json.loads(gpu_price.Suite("matmul").dumps(rows))[0]["kernel"]["registers"] == 168
+    assert json.loads(op_suite.dumps(rows))[0]["kernel"]["registers"] == 168
 
 
 def test_a_compiled_cell(tmp_path):

@@ -7,7 +7,7 @@ import math
 import pytest
 from qwix_kernels import dispatch
 
-from bench import child, lora_compile, lora_price, misses, problems, shapes
+from bench import child, lora_compile, lora_price, misses, op_suite, problems, shapes
 from bench.lora_price import LoraCell, Row
 from bench.shapes import Layer
 
@@ -29,7 +29,7 @@ def test_cells():
         lora_price.cells(["v6e"], ["w3a3"])
     with pytest.raises(ValueError, match="Unknown chip"):
         lora_price.cells(["v9"])
-    assert "26 cells: about" in lora_price.plan(cells)
+    assert "26 cells: about" in op_suite.plan(cells, lora_price.SUITE.seconds)
 
 
 @pytest.mark.parametrize("scheme", lora_price.SCHEMES)
@@ -89,7 +89,7 @@ def test_figures_are_printed_and_written(capsys):
     lora_price.show([found, failed])
     out = capsys.readouterr().out
     assert "static" in out and "1.500 over" in out and "no blocks" in out
-    first, second = json.loads(lora_price.dumps([found, failed]))
+    first, second = json.loads(op_suite.dumps([found, failed]))
     assert first["ratio"] == 1.5 and second["error"] == "no blocks"
 
 

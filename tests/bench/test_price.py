@@ -68,7 +68,17 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     "module",
-    ["bundles", "cells", "floors", "reference_figures", "shapes", "suites", "targets", "tpu_compile"],
+    [
+        "bundles",
+        "cells",
+        "floors",
+        "op_suite",
+        "reference_figures",
+        "shapes",
+        "suites",
+        "targets",
+        "tpu_compile",
+    ],
 )
 def test_examples_in_docstrings(module):
     assert doctest.testmod(importlib.import_module(f"bench.{module}")).failed == 0
@@ -290,6 +300,7 @@ def test_a_table_of_several_cells_and_an_error_among_them():
         (["--chip", "v5e", "--scheme", "w8a8"], "--m is missing"),
         (["--suite", "matmul", "--m", "16"], "leave out --m"),
         (["--suite", "canonical", "--write_misses"], "needs --suite matmul"),
+        (["--suite", "ragged", "--scheme", "w4a8"], "no w4a8; it has w4a16_g128, w8a16, w8a8, wf8af8"),
         (["--chip", "v5e", "--scheme", "w8a8", "--m", "many"], "whole numbers, got many"),
     ],
 )

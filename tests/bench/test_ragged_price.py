@@ -8,7 +8,7 @@ import pytest
 from qwix_kernels import dispatch
 from qwix_kernels.chips import CHIPS
 
-from bench import bundles, ragged_price, ragged_problems, ragged_rows, replay, shapes
+from bench import bundles, op_suite, ragged_price, ragged_problems, ragged_rows, replay, shapes
 from bench.ragged_price import RaggedCell, Row
 from tests.bench.test_replay import TIMING, loop, program
 
@@ -67,7 +67,7 @@ def test_every_cell_gets_a_kernel():
         assert dispatch.explain(problem, cell.chip).chosen == "mosaic_tpu"
     with pytest.raises(ValueError, match="Unknown scheme"):
         ragged_price.cells(["v6e"], ["w3a3"])
-    assert "17 cells: about" in ragged_price.plan(cells)
+    assert "17 cells: about" in op_suite.plan(cells, ragged_price.SUITE.seconds)
 
 
 def test_what_is_known_is_the_visits():
@@ -113,7 +113,7 @@ def test_figures_are_printed_and_written(capsys):
     ragged_price.show(rows)
     out = capsys.readouterr().out
     assert "static" in out and "how" in out and "no" in out
-    first, second = json.loads(ragged_price.dumps(rows))
+    first, second = json.loads(op_suite.dumps(rows))
     assert first["ratio"] == pytest.approx(40 / 31) and second["error"] == "no"
 
 
