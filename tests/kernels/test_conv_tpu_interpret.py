@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from qwix_kernels.chips import CHIPS
 from qwix_kernels.conv import ConvExtras, problem_of, reference, tpu
-from qwix_kernels.conv.tpu_blocks import make_plan
+from qwix_kernels.conv.tpu_config import Config
 from qwix_kernels.conv.tpu_plan import is_turned
 from qwix_kernels.problem import RowQuantize, Tensor
 
@@ -44,8 +44,8 @@ def assert_right(lhs, rhs, extras=None, *, chip="v6e", blocks=None, **options) -
     lhs, rhs = (x if isinstance(x, Tensor) else Tensor(x) for x in (lhs, rhs))
     problem, extras = problem_of(lhs, rhs, extras, **options), extras or ConvExtras()
     tpu.check(problem, CHIPS[chip])
-    plan = make_plan(problem, CHIPS[chip], *blocks) if blocks else None
-    got = tpu.run(problem, lhs, rhs, extras, chip=CHIPS[chip], interpret=INTERPRET, plan=plan)
+    config = Config("blocks", *blocks) if blocks else tpu.heuristic_config(problem, CHIPS[chip])
+    got = tpu.run(problem, lhs, rhs, extras, config=config, chip=CHIPS[chip], interpret=INTERPRET)
     want = reference.run(problem, lhs, rhs, extras)
     if problem.out_dtype == "int32":
         np.testing.assert_array_equal(np.asarray(got), want)

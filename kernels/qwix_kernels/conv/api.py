@@ -30,6 +30,7 @@ __all__ = ["conv", "problem_of"]
 @dataclasses.dataclass(frozen=True)
 class _How:
     names: tuple[str, ...] | None
+    config: Any = None
     out_sharding: Any = None
     bypass: bool = False  # the portable path itself: what XLA partitions by the types of its operands
 
@@ -50,6 +51,7 @@ def conv(
     activation: str | None = None,
     quantize_out: RowQuantize | None = None,
     implementation: str | Sequence[str] | None = None,
+    config: Any = None,
     out_sharding: Any = None,
 ) -> Any:
     """lhs [N, *spatial, C] convolved with rhs [*kernel, C / groups, O], either of them quantized.
@@ -72,6 +74,7 @@ def conv(
       quantize_out: quantize the images of the result.
       implementation: None takes the best that runs ("mosaic_tpu" on a TPU, "xla" anywhere) and never fails; a
         name or several names are used in that order, or raise.
+      config: blocks for a kernel, a `qwix_kernels.conv.tpu.Config`; by default those of `tuning`.
       out_sharding: of the result, under a mesh with explicit axes.
 
     Returns: [N, *out, O] in `out_dtype`; with `quantize_out` a `Tensor` of that shape and its scales.
@@ -99,7 +102,7 @@ def conv(
     )
     given = as_tensor(lhs), as_tensor(rhs), extras or NO_EXTRAS
     left, right, more = vary_alike(jax.tree.map(jnp.asarray, given))  # type: ignore[arg-type]
-    out = _conv(problem, _How(names, out_sharding, bypass), left, right, more)
+    out = _conv(problem, _How(names, config, out_sharding, bypass), left, right, more)
     if quantize_out is None:
         return out[0]
     return Tensor(out[0], more.out_scale if quantize_out.static else out[1])  # type: ignore[attr-defined]
@@ -109,7 +112,7 @@ def conv(
 def _conv(problem: ConvProblem, how: _How, lhs: Tensor, rhs: Tensor, extras: ConvExtras) -> list[jax.Array]:
     if how.bypass:
         return jax.tree.leaves(xla.run(problem, lhs, rhs, extras, out_sharding=how.out_sharding))
-    return primitive.bind(problem, lowering.How(how.names), lhs, rhs, extras)
+    return primitive.bind(problem, lowering.How(how.names, how.config), lhs, rhs, extras)
 
 
 def _forward(problem: ConvProblem, how: _How, lhs: Tensor, rhs: Tensor, extras: ConvExtras):

@@ -32,13 +32,13 @@ def _run_xla(problem: ConvProblem, lhs: Tensor, rhs: Tensor, extras: ConvExtras,
 
 dispatch.register(
     ConvProblem,
-    lowering.kernels_or_xla("qwix_kernels.conv.tpu", _run_xla, cost.xla_estimate, configurable=False),
+    lowering.kernels_or_xla("qwix_kernels.conv.tpu", _run_xla, cost.xla_estimate),
 )
 
 
 def bind(problem: ConvProblem, how: How, lhs: Tensor, rhs: Tensor, extras: ConvExtras) -> list[jax.Array]:
     """[N, *out, O] of operands that `problem` describes; and the scales, where they are quantized."""
-    return conv_p.bind(*jax.tree.leaves((lhs, rhs, extras)), problem=problem, how=how)
+    return conv_p.bind(*jax.tree.leaves((lhs, rhs, extras)), problem=problem, how=how.traced())
 
 
 def _unflatten(problem: ConvProblem, leaves: Sequence[Any]) -> Operands:

@@ -185,6 +185,20 @@ class ConvProblem:
         return " ".join(parts + ([f"->{e.quantize}"] if e.quantize else []))
 
     @property
+    def tuning_key(self) -> str:
+        """The problem in one line that stays the same between versions: the key of tuning tables."""
+        windows = ",".join(
+            f"{w.size}k{w.kernel}s{w.stride}d{w.lhs_dilation}x{w.rhs_dilation}p{w.low}:{w.high}"
+            for w in self.windows
+        )
+        lhs = (
+            f"{_operand_key(self.lhs)}->{self.quantize_lhs}" if self.quantize_lhs else _operand_key(self.lhs)
+        )
+        sizes = f"conv n{self.batch} {windows} c{self.features}/{self.groups} o{self.out_features}"
+        parts = [sizes, lhs, _operand_key(self.rhs), self.out_dtype, self.precision, self.fused]
+        return " ".join(part for part in parts if part)
+
+    @property
     def scheme(self) -> str:
         """The short name, for example `conv 3x3 w8a8`, `depthwise 3x3 s2 w8a16`, `conv 1x1 w4a8_g64`."""
         act = self.quantize_lhs.dtype if self.quantize_lhs else self.lhs.codebook or self.lhs.dtype
@@ -195,6 +209,13 @@ class ConvProblem:
         kind = "depthwise" if self.is_depthwise else "conv"
         stride = "" if strides <= {1} else " s" + "x".join(map(str, sorted(strides)))
         return f"{kind} {'x'.join(map(str, self.kernel))}{stride} {name}"
+
+
+def _operand_key(x: Operand) -> str:
+    name = x.codebook or x.dtype
+    if x.is_quantized:
+        name += f"[{x.scale_dtype}:{x.tile_free}x{x.tile_k}{',zero' if x.zero_point else ''}]"
+    return name
 
 
 def is_stored_integer(x: Operand, quantize: RowQuantize | None = None) -> bool:

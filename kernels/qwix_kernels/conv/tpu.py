@@ -22,10 +22,11 @@ from jax.experimental.pallas import tpu as pltpu
 from qwix_kernels.chips import Chip
 from qwix_kernels.conv import tpu_depthwise, tpu_epilogue, tpu_estimate, tpu_kernel, tpu_pointwise, tpu_stage
 from qwix_kernels.conv.problem import NO_EXTRAS, ConvExtras, ConvProblem, Window
-from qwix_kernels.conv.tpu_blocks import fitting
+from qwix_kernels.conv.tpu_blocks import fitting, make_plan
+from qwix_kernels.conv.tpu_config import Config as Config
 from qwix_kernels.conv.tpu_plan import Plan
 from qwix_kernels.dispatch import Estimate
-from qwix_kernels.matmul.tpu_config import LANES
+from qwix_kernels.matmul.tpu_config import LANES, pl_cdiv
 from qwix_kernels.problem import Tensor, dtype_bits
 
 _LHS = ("bfloat16", "float32", "int8", "int4", "float8_e4m3fn", "float8_e5m2")
@@ -86,13 +87,42 @@ def check(problem: ConvProblem, chip: Chip) -> None:
         refuse("finds no blocks that its VMEM holds: it keeps whole images there")
 
 
-def estimate(problem: ConvProblem, chip: Chip, config: None = None) -> Estimate:
-    """Static cost on one core."""
+@functools.lru_cache(maxsize=4096)
+def heuristic_config(problem: ConvProblem, chip: Chip) -> Config:
+    """The kernel and the blocks with the least static time."""
     if problem.is_depthwise:
-        return tpu_depthwise.estimate(_planar(problem), chip)
+        return Config("depthwise")
     if is_matmul(problem, chip):
+        return Config("matmul")
+    return config_of(best(_planar(problem), chip))
+
+
+def config_of(plan: Plan) -> Config:
+    """What `plan_of` makes this plan of."""
+    p = plan
+    return Config("blocks", p.pitch, p.images, p.chunk_rows, p.block_n, p.turns, p.bands)
+
+
+def plan_of(problem: ConvProblem, chip: Chip, config: Config) -> Plan:
+    """The plan with these blocks. Raises NotImplementedError where they do not fit the problem or VMEM."""
+    c, p = config, _planar(problem)
+    if problem.is_depthwise or c.kernel != "blocks":
+        raise NotImplementedError(f"{c.kernel!r} has no plan for {problem.scheme}")
+    wide = max(p.out[1], pl_cdiv(p.windows[1].size, p.windows[1].stride))
+    if c.pitch % 8 or c.pitch < wide or c.block_n > p.out_features:
+        raise NotImplementedError(
+            f"{c} does not fit images whose rows have {wide} places, and {p.out_features} features"
+        )
+    return make_plan(p, chip, c.pitch, c.images, c.chunk_rows, c.block_n, c.turns, c.bands)
+
+
+def estimate(problem: ConvProblem, chip: Chip, config: Config) -> Estimate:
+    """Static cost on one core. Raises NotImplementedError where `config` does not fit."""
+    if problem.is_depthwise and config.kernel == "depthwise":
+        return tpu_depthwise.estimate(_planar(problem), chip)
+    if config.kernel == "matmul" and tpu_pointwise.takes(problem, chip):
         return tpu_pointwise.estimate(problem, chip)
-    return tpu_estimate.estimate(best(_planar(problem), chip), chip)
+    return tpu_estimate.estimate(plan_of(problem, chip, config), chip)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -128,26 +158,25 @@ def run(
     rhs: Tensor,
     extras: ConvExtras = NO_EXTRAS,
     *,
-    config: None = None,
+    config: Config,
     chip: Chip,
     interpret: Any = False,
-    plan: Plan | None = None,
 ) -> jax.Array | Tensor:
     """[N, *out, O] in `problem.out_dtype`; a `Tensor` where the result is quantized.
 
     Args:
       problem: describes the operands; `check(problem, chip)` must have passed.
       lhs, rhs, extras: see problem.py.
+      config: as `heuristic_config` gives, or a tuned one.
       chip: the chip to compile for.
       interpret: a `pltpu.InterpretParams` runs the kernel on the CPU.
-      plan: instead of the best one.
     """
-    if problem.is_depthwise:
+    if config.kernel == "depthwise":
         out = tpu_depthwise.run(_planar(problem), lhs, rhs, extras, chip=chip, interpret=interpret)
-    elif plan is None and is_matmul(problem, chip):
+    elif config.kernel == "matmul":
         out = tpu_pointwise.run(problem, lhs, rhs, extras, chip=chip, interpret=interpret)
     else:
-        out = _run(plan or best(_planar(problem), chip), lhs, rhs, extras, chip, interpret)
+        out = _run(plan_of(problem, chip, config), lhs, rhs, extras, chip, interpret)
     out = out.reshape(problem.out_shape)
     return Tensor(out, extras.out_scale) if problem.epilogue and problem.epilogue.quantize else out
 
