@@ -16,9 +16,9 @@ from typing import Any
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
-from qwix_kernels import chips, dispatch, tuning
+from qwix_kernels import chips, dispatch, partitioning_routes, tuning
 from qwix_kernels.chips import Chip
 from qwix_kernels.dispatch import Estimate, Implementation
 
@@ -32,6 +32,7 @@ class How:
     implementation: tuple[str, ...] | None = None
     config: Any = None
     ambient_config: Any = None  # that of `tuning.use` when the op was traced
+    out: PartitionSpec | None = None  # how the (first) result is to be laid out over explicit axes
 
     def traced(self) -> How:
         """The same, with the config that is in use now."""
@@ -123,10 +124,15 @@ def decide(
     mesh = getattr(axis_context, "abstract_mesh", None) or getattr(axis_context, "mesh", None)
     device = assigned[0] if assigned else getattr(mesh, "abstract_device", None)
     devices = getattr(axis_context, "num_devices", None)
-    refusal = None
+    refusal, left = None, _left_to_the_compiler(axis_context)
     if (devices or 1) > 1:
         refusal = (
             f"the compiler cannot partition a kernel over {devices} devices; call the op inside jax.shard_map"
+        )
+    elif left:
+        refusal = (
+            f"this shard_map leaves the mesh axes {left} to the compiler, which cannot partition a kernel; "
+            "name them in its axis_names"
         )
     refusal = refusal if sizes_known else SIZES_UNKNOWN
     platforms = (platform,) if platform else tuple(ctx.platforms or ctx.module_context.platforms)
@@ -140,6 +146,14 @@ def decide(
             dispatch.warn_of_untuned(explanation, chip)
         decided.append(Decision(impl, explanation.config, chip, platforms, devices))
     return decided[-1]
+
+
+def _left_to_the_compiler(axis_context: Any) -> dict[str, int]:
+    """The mesh axes, with their sizes, over which the compiler cuts what is inside of a shard_map."""
+    manual, mesh = getattr(axis_context, "manual_axes", None), getattr(axis_context, "mesh", None)
+    if not manual or mesh is None:
+        return {}
+    return {name: size for name, size in mesh.shape.items() if name not in manual}
 
 
 def explicit_axes() -> tuple[str, ...]:
@@ -168,6 +182,7 @@ def primitive(
     made.def_impl(lambda *args, **params: jitted(**params)(*args))
     batching.primitive_batchers[made] = batch_rule
     mlir.register_lowering(made, functools.partial(lower, platform=None))
+    partitioning_routes.register(made)
     for platform in ("tpu", "cuda"):
         mlir.register_lowering(made, functools.partial(lower, platform=platform), platform=platform)
     return made

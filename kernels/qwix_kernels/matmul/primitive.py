@@ -1,12 +1,13 @@
 """The primitive under `matmul`: its types, its batching, and its lowering for each platform.
 
 The operands are bound in the one form that kernels see: every array of rank 3, a scale with the batch of its
-values, and a batch that shares its rhs folded into M (a weight is then one matrix however many batch axes the
-activations had). `vmap` adds a batch axis; it never becomes a loop.
+values. A batch that shares its rhs is folded into M when it's lowered (a weight is then one matrix however
+many batch axes the activations had). `vmap` adds a batch axis; it never becomes a loop.
 
-Under a mesh with explicit axes the result is laid out as the operands are: batch and M as in lhs, N as in
-rhs. Under automatic sharding the portable path is partitioned by the compiler; a kernel cannot be, so a
-kernel needs `shard_map` there, and dispatch says so.
+Over a mesh it's lowered in shards (partition.py), each of which chooses its implementation: with explicit
+axes by their types, under automatic sharding where the partitioner asks back. Where that is not so, as in a
+program for devices that are not attached, the portable path is the compiler's to cut; a kernel needs
+`shard_map` there, and dispatch says so.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from qwix_kernels import dispatch, lowering
+from qwix_kernels import partitioning_routes as routes
 from qwix_kernels.chips import Chip
-from qwix_kernels.lowering import How, explicit_axes
-from qwix_kernels.matmul import cost, elementwise, gpu_cost, xla
+from qwix_kernels.lowering import How
+from qwix_kernels.matmul import cost, elementwise, gpu_cost, partition, xla
 from qwix_kernels.problem import NO_EXTRAS, ROW_EXTRAS, Epilogue, Extras, MatmulProblem, Operand, Tensor
 
 
@@ -76,16 +78,24 @@ def bind(
         return jax.tree.leaves(elementwise.finish(problem, zeros, gate, extras))
     lhs, rhs = with_own_batch(lhs), with_own_batch(rhs)
     extras = dataclasses.replace(extras, gate=extras.gate and with_own_batch(extras.gate))
-    batch, m = problem.batch, problem.m
-    fold = problem.rhs.batch == 1 and batch > 1 and not explicit_axes() and _columns_shared(extras)
-    if fold:
-        lhs = jax.tree.map(lambda a: a.reshape(1, -1, a.shape[2]), lhs)
-        by_row: dict[str, Any] = {f: _into_rows(getattr(extras, f), batch, m) for f in _BY_ROW}
-        extras = dataclasses.replace(extras, **by_row)
-        left = dataclasses.replace(problem.lhs, batch=1, free=batch * m)
-        problem = dataclasses.replace(problem, m=batch * m, lhs=left)
-    outs = matmul_p.bind(*jax.tree.leaves((lhs, rhs, extras)), problem=problem, how=how.traced())
-    return [out.reshape(batch, m, out.shape[2]) if fold else out for out in outs]
+    return matmul_p.bind(*jax.tree.leaves((lhs, rhs, extras)), problem=problem, how=how.traced())
+
+
+def _folds(problem: MatmulProblem, extras: Extras) -> bool:
+    """Whether a batch shares its rhs and all that does not change from row to row: then it's more rows."""
+    return problem.rhs.batch == 1 and problem.lhs.batch > 1 and _columns_shared(extras)
+
+
+def _folded(problem: MatmulProblem) -> MatmulProblem:
+    rows = problem.batch * problem.m
+    return dataclasses.replace(problem, m=rows, lhs=dataclasses.replace(problem.lhs, batch=1, free=rows))
+
+
+def _fold(problem: MatmulProblem, operands: Operands) -> Operands:
+    lhs, rhs, extras = operands
+    lhs = jax.tree.map(lambda a: a.reshape(1, -1, a.shape[2]), lhs)
+    by_row: dict[str, Any] = {f: _into_rows(getattr(extras, f), problem.batch, problem.m) for f in _BY_ROW}
+    return lhs, rhs, dataclasses.replace(extras, **by_row)
 
 
 # The fields of Extras with one entry per row (or a single one), and those with one per column or K.
@@ -179,16 +189,11 @@ def _abstract(*avals, problem: MatmulProblem, how: How):
     if e and e.quantize and e.scales_out:
         shapes.append(((problem.batch, problem.m, problem.n // (e.quantize.tile_k or problem.n)), "float32"))
     outs = [lhs.update(shape=shape, dtype=jnp.dtype(dtype)) for shape, dtype in shapes]
-    mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), None)
+    mesh = routes.explicit_mesh(avals)
     if mesh is None:
         return outs
-    left, right = lhs.sharding.spec, rhs.sharding.spec
-    batch = left[0] if problem.lhs.batch == problem.batch else right[0]
-    columns = [right[1 if problem.rhs_transposed else 2], None]  # scales are too few to be cut
-    return [
-        out.update(sharding=NamedSharding(mesh, PartitionSpec(batch, left[1], column)))
-        for out, column in zip(outs, columns, strict=False)
-    ]
+    specs = routes.plan_of_types(partition.layout_of(problem, given), avals, how.out).results
+    return [out.update(sharding=NamedSharding(mesh, spec)) for out, spec in zip(outs, specs, strict=True)]
 
 
 # --- batching
@@ -272,10 +277,17 @@ def _batch_into_rows(groups, front, problem: MatmulProblem, how: How, size: int)
 
 
 def _lower(ctx, *args, problem: MatmulProblem, how: How, platform: str | None):
-    known, described = _has_sizes(problem), problem
+    known = _has_sizes(problem)
+    outs = routes.lower(ctx, args, functools.partial(_op, problem, how, ctx.avals_in)) if known else None
+    if outs is not None:
+        return outs
+    explicit = routes.has_explicit_axes(ctx.avals_in)
+    fold = not explicit and _folds(problem, _unflatten(problem, ctx.avals_in)[2])
+    rows = _folded(problem) if fold else problem
+    described = rows
     if not known:
-        left, right = _sized(problem.lhs), _sized(problem.rhs)
-        described = dataclasses.replace(problem, m=_NOMINAL, lhs=left, rhs=right)
+        left, right = _sized(rows.lhs), _sized(rows.rhs)
+        described = dataclasses.replace(rows, m=_NOMINAL, lhs=left, rhs=right)
     decision = lowering.decide(ctx, platform, described, how, sizes_known=known, warns=_is_quantized)
     options: dict[str, Any] = {"config": decision.config, "chip": decision.chip}
     if decision.impl.name == "xla":
@@ -284,14 +296,27 @@ def _lower(ctx, *args, problem: MatmulProblem, how: How, platform: str | None):
 
     def fun(*arrays):
         def run_here(*operands):
-            return tuple(jax.tree.leaves(decision.impl.run(problem, *operands, **options)))[:count]
+            operands = _fold(problem, operands) if fold else operands
+            outs = jax.tree.leaves(decision.impl.run(rows, *operands, **options))[:count]
+            return tuple(x.reshape(problem.batch, problem.m, x.shape[2]) if fold else x for x in outs)
 
         run: Any = run_here
-        if decision.impl.name == "xla" and explicit_axes():
+        if decision.impl.name == "xla" and explicit:
             run = jax.sharding.auto_axes(run, out_sharding=shardings)
-        return run(*_unflatten(problem, arrays))
+        with routes.typed_as(arrays):
+            return run(*_unflatten(problem, arrays))
 
     return mlir.lower_fun(fun, multiple_results=True)(ctx, *args)
+
+
+def _op(problem: MatmulProblem, how: How, avals: Sequence[Any]) -> routes.Op:
+    """What cuts it over a mesh."""
+
+    def shard(plan, *arrays):
+        return partition.run(problem, how, bind, plan, *_unflatten(problem, plan.local(arrays)))
+
+    whole = functools.partial(matmul_p.bind, problem=problem, how=dataclasses.replace(how, out=None))
+    return routes.Op(partition.layout_of(problem, _unflatten(problem, avals)), shard, whole, how.out)
 
 
 def _is_quantized(problem: MatmulProblem) -> bool:
