@@ -17,6 +17,7 @@ from qwix._src.core.transposed_qarray import TransposedQArray, transpose_qarray
 from qwix._src.model import quantize_model
 from qwix._src.providers.boxed_param import BoxedParamProvider
 from qwix._src.providers.lora import LoraProvider, LoraRule, apply_lora_to_model
+from qwix._src.providers.odml import OdmlConversionProvider, OdmlQatProvider
 from qwix._src.providers.ptq import PtqProvider
 from qwix._src.providers.qt import QtProvider, QtRule
 from qwix._src.qconfig import QuantizationProvider, QuantizationRule, get_current_rule
@@ -33,6 +34,8 @@ __all__ = [
     "HowToQuantize",
     "LoraProvider",
     "LoraRule",
+    "OdmlConversionProvider",
+    "OdmlQatProvider",
     "PtqProvider",
     "QArray",
     "QtProvider",

@@ -15,11 +15,12 @@ import jax
 from flax import traverse_util
 from flax.core import scope as flax_scope
 
-from qwix._src import interception, linen_scope, model_class, op_trace, prepack, qconfig, qt_linen
+from qwix._src import interception, linen_scope, model_class, odml_linen, op_trace, prepack, qconfig, qt_linen
 from qwix._src.adapter import SUFFIXES, Adapter
 from qwix._src.core import qarray
 from qwix._src.model_weights import Discovery, Found, note_stored
 from qwix._src.providers.boxed_param import BoxedParamProvider, create_quantized_param
+from qwix._src.providers.odml import OdmlQatProvider
 from qwix._src.providers.qt import QtProvider
 from qwix._src.report_records import sqnr_db
 from qwix._src.static_range import StaticScales
@@ -52,6 +53,8 @@ def call(
     model, args, kwargs = provider.process_model_inputs(model, args, kwargs)
     if isinstance(provider, QtProvider):
         output = qt_linen.call(provider, plain, model, args, kwargs)
+    elif isinstance(provider, OdmlQatProvider):
+        output = odml_linen.call(provider, plain, method, model, args, kwargs)
     elif not isinstance(provider, BoxedParamProvider):
         with qconfig.running(provider), flax_util.linen_root(model):
             output = _intercepted(provider, plain)(model, *args, **kwargs)

@@ -21,11 +21,21 @@ import numpy as np
 from flax import nnx
 from flax.nnx import bridge
 
-from qwix._src import interception, model_class, op_trace, prepack, qconfig, qt_nnx, standard_layers
+from qwix._src import (
+    interception,
+    model_class,
+    odml_nnx,
+    op_trace,
+    prepack,
+    qconfig,
+    qt_nnx,
+    standard_layers,
+)
 from qwix._src.core import qarray
 from qwix._src.lora_attribute import INFO
 from qwix._src.model_weights import Discovery, Found, Key, note_stored
 from qwix._src.providers.boxed_param import BoxedParamProvider, create_quantized_param
+from qwix._src.providers.odml import OdmlQatProvider
 from qwix._src.providers.qt import QtProvider
 from qwix._src.report_records import sqnr_db
 from qwix._src.static_range import StaticScales
@@ -69,6 +79,9 @@ def quantize_nnx_model(
     elif isinstance(provider, QtProvider):
         _warn_of_bridges(fresh, provider)
         qt_nnx.prepare(fresh, provider, methods)
+    elif isinstance(provider, OdmlQatProvider):
+        odml_nnx.prepare(fresh, provider, methods)
+        run_once = run_once and not provider.converts
     else:
         object.__setattr__(fresh, "__class__", model_class.make(base, provider, methods, call))
     needs_values = not isinstance(provider, BoxedParamProvider)  # it makes its variables as the model runs
@@ -76,7 +89,7 @@ def quantize_nnx_model(
         _first_run(fresh, inputs, kwargs, methods, rngs)
     if run_once or isinstance(provider, BoxedParamProvider):
         provider.finish()
-    if isinstance(provider, QtProvider):
+    if isinstance(provider, QtProvider | OdmlQatProvider):
         # Data, so that an nnx.Rngs can take the place of None.
         set_attributes(fresh, disable_quant_stats_update=False, qwix_rngs=nnx.data(None))
     return fresh

@@ -1,0 +1,220 @@
+"""Fake quantization in training, and as LiteRT's converter reads it: one arithmetic, two ways to a scale.
+
+In training scales come from averaged statistics, and gradients pass straight through. In conversion they are
+numbers, computed from the same statistics when the program is traced, and `odml_fake_quant` says them to the
+converter. Activations of int16 and weights are symmetric and leave out the lowest integer where LiteRT's
+kernels want that, in training too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import config
+
+from qwix._src import averaging, odml_fake_quant
+from qwix._src.core import calibration, numerics, qarray
+from qwix._src.odml_plan import Request
+from qwix._src.op_states import OpStates
+
+_AVERAGE = averaging.SimpleMovingAverage()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scale:
+    """How a tensor is quantized.
+
+    Attributes:
+      qtype: "int4", "int8" or "int16".
+      step, zero_point: for the whole tensor, or along the axis; arrays of the tensor's rank or of one number.
+      ends: {"absmax"} or {"min", "max"}: what is outside passes no gradient.
+      axis: of the channels, if they have scales of their own.
+      is_weight: the lowest integer isn't used.
+    """
+
+    qtype: str
+    step: Any
+    zero_point: Any
+    ends: Mapping[str, Any]
+    axis: int | None = None
+    is_weight: bool = False
+
+
+class Quantizer(Protocol):
+    """What `fake_quant` is."""
+
+    def of_request(self, request: Request, x: jax.Array) -> Scale:
+        """The scale of an activation, given its float value."""
+        ...
+
+    def of_weight(self, x: Any, qtype: Any, method: str, axis: int | None) -> Scale:
+        """The scale of a weight or a constant."""
+        ...
+
+    def apply(self, x: jax.Array, scale: Scale) -> jax.Array:
+        """x on the grid of the scale."""
+        ...
+
+
+def qtype_name(qtype: Any) -> str:
+    """'int8' of any spelling. Raises ValueError for a format that LiteRT has not."""
+    qtype = numerics.canonical_qtype(qtype)
+    name = qtype if isinstance(qtype, str) else np.dtype(qtype).name
+    if name not in ("int4", "int8", "int16"):
+        raise ValueError(f"Unsupported dtype {name} for ODML conversion. LiteRT has int4, int8 and int16.")
+    return name
+
+
+def method_of(qtype: str, method: str, fixed: tuple[float, float] | None) -> str:
+    """The calibration method for activations: int16 is symmetric, as LiteRT's kernels want it."""
+    symmetric = qtype == "int16"
+    if fixed is not None:
+        low, high = fixed
+        return f"fixed,{max(-low, high)}" if symmetric else f"fixed,{low},{high}"
+    name, args = calibration.parse_method(method)
+    if not symmetric or name not in ("minmax", "fixed"):
+        return method
+    if name == "fixed" and len(args) == 2:
+        return f"fixed,{max(map(abs, args))}"
+    return ",".join(["absmax" if name == "minmax" else name, *map(str, args)])
+
+
+def statistics(request: Request, x: jax.Array) -> dict[str, jax.Array]:
+    """The range of one input, for the whole tensor: the mean of that of each example."""
+    qtype = qtype_name(request.rule.act_qtype)
+    method = method_of(qtype, request.rule.act_calibration_method or "minmax", request.fixed)
+    axes = tuple(a for a in request.rule.act_batch_axes if -x.ndim <= a < x.ndim)
+    how = qarray.HowToQuantize(qtype=qtype, channelwise_axes=axes, calibration_method=method)
+    found = calibration.calibrate(jax.lax.stop_gradient(x).astype(jnp.float32), how)
+    return {key: value.mean(keepdims=True) for key, value in found.items()}
+
+
+def weight_statistics(x: Any, qtype: str, method: str, axis: int | None) -> dict[str, Any]:
+    axes = () if axis is None else (axis,)
+    how = qarray.HowToQuantize(qtype=qtype, channelwise_axes=axes, calibration_method=method)
+    return calibration.calibrate(x.astype(jnp.float32), how)
+
+
+def ends_to_scale(ends: Mapping[str, Any], qtype: str, axis: int | None, is_weight: bool) -> Scale:
+    step, zero = calibration.compute_scale_zero_point(ends, qtype)
+    return Scale(qtype, step, zero, ends, axis, is_weight)
+
+
+class TrainingQuantizer:
+    """Scales from statistics, which it takes and averages.
+
+    Args:
+      states: of the ops.
+      layer: the step of each scan around the op.
+      emitted: what is to be stored after the call.
+    """
+
+    def __init__(self, states: OpStates, layer: Sequence[Any], emitted: dict[Any, Any]):
+        self.states, self.layer, self.emitted = states, layer, emitted
+
+    def of_request(self, request: Request, x: jax.Array) -> Scale:
+        now = statistics(request, x)
+        fresh = lambda: _AVERAGE.init(now)
+        state, _ = self.states.step(
+            (request.path, request.name),
+            self.layer,
+            fresh,
+            lambda state: _AVERAGE.update(fresh() if request.fixed else state, now),
+            self.emitted,
+        )
+        ends = _AVERAGE.get_calibration(state, default=now)
+        return ends_to_scale(ends, qtype_name(request.rule.act_qtype), None, is_weight=False)
+
+    def of_weight(self, x: Any, qtype: Any, method: str, axis: int | None) -> Scale:
+        name = qtype_name(qtype)
+        return ends_to_scale(weight_statistics(x, name, method, axis), name, axis, is_weight=True)
+
+    def apply(self, x: jax.Array, scale: Scale) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        shape = [-1 if a == scale.axis else 1 for a in range(x.ndim)]
+        fit = lambda v: jnp.asarray(v, jnp.float32).reshape(shape)
+        low, high = numerics.integer_range(scale.qtype)
+        low += scale.is_weight and scale.zero_point is None
+        zero = 0.0 if scale.zero_point is None else fit(scale.zero_point)
+        step = fit(scale.step)
+        rounded = (jnp.clip(jnp.round(wide / step) + zero, low, high) - zero) * step
+        top = fit(scale.ends.get("max", scale.ends.get("absmax")))
+        bottom = fit(scale.ends["min"]) if "min" in scale.ends else -top
+        clipped = jnp.clip(wide, bottom, top)
+        return (clipped + jax.lax.stop_gradient(rounded - clipped)).astype(x.dtype)
+
+
+class ConversionQuantizer:
+    """Scales as numbers, and `fake_quant`s that the converter reads.
+
+    Args:
+      read: (module path, name) -> statistics; None where there are none.
+      layer: the number of the step of each scan around the op.
+    """
+
+    def __init__(self, states: OpStates, layer: Sequence[int], emitted: dict[Any, Any]):
+        del emitted
+        self.read, self.layer = states.read, layer
+
+    def of_request(self, request: Request, x: jax.Array) -> Scale:
+        stored = self.read(request.path, request.name)
+        where = "/".join(filter(None, (request.path, request.name)))
+        qtype = qtype_name(request.rule.act_qtype)
+        if request.fixed is not None and stored is None:
+            with jax.ensure_compile_time_eval():
+                ends = statistics(request, jnp.zeros((1,) * max(x.ndim, 1)))
+                return ends_to_scale(ends, qtype, None, is_weight=False)
+        if stored is None or "count" not in stored:
+            raise ValueError(
+                f"quant_stats is not initialized for {where}: run the model of OdmlQatProvider on some inputs "
+                "with mutable 'quant_stats' (qwix.odml.calibrate does), and give what it collects."
+            )
+        row = {key: np.asarray(value) for key, value in stored.items()}
+        for index in self.layer:
+            row = {key: value[index] for key, value in row.items()}
+        if not row["count"]:
+            raise ValueError(
+                f"quant_stats is not initialized for {where}: its count is 0. Run the model of OdmlQatProvider "
+                "on some inputs first, with statistics that may change."
+            )
+        with jax.ensure_compile_time_eval():
+            ends = _AVERAGE.get_calibration({key: jnp.asarray(value) for key, value in row.items()})
+            _check_ends(ends, where)
+            return ends_to_scale(ends, qtype, None, is_weight=False)
+
+    def of_weight(self, x: Any, qtype: Any, method: str, axis: int | None) -> Scale:
+        name = qtype_name(qtype)
+        if isinstance(x, jax.core.Tracer):
+            raise ValueError(
+                f"A weight of shape {x.shape} is traced, but its scale is part of the program. Give the model's "
+                "params to OdmlConversionProvider, and close over other variables instead of passing them."
+            )
+        with jax.ensure_compile_time_eval():
+            ends = weight_statistics(jnp.asarray(x), name, method, axis)
+            _check_ends(ends, f"a weight of shape {x.shape}")
+            return ends_to_scale(ends, name, axis, is_weight=True)
+
+    def apply(self, x: jax.Array, scale: Scale) -> jax.Array:
+        zero = scale.zero_point
+        with config.eager_constant_folding(False):  # what it marks stays in the program, be it of a constant
+            return odml_fake_quant.fake_quant(
+                x,
+                np.asarray(scale.step),
+                None if zero is None else np.asarray(zero).astype(np.int64),
+                qtype=scale.qtype,
+                axis=scale.axis,
+                narrow_range=scale.is_weight and zero is None,
+            )
+
+
+def _check_ends(ends: Mapping[str, Any], where: str) -> None:
+    for key, value in ends.items():
+        if not np.isfinite(np.asarray(value)).all():
+            raise ValueError(
+                f"Invalid scale: the statistics of {where} hold a {key} that isn't finite: {value}."
+            )
