@@ -244,7 +244,7 @@ def _add_wanted(
     mesh: Mapping[str, int],
     owner: dict[str, str],
 ) -> None:
-    """Cuts along the result's axes that no operand is cut along: every shard takes its part of what it has."""
+    """Cuts along the result's axes that no operand is cut along: a shard takes its part of what it has."""
     full = {d.factor: d.full for dims in layout.results for d in dims if d is not None}
     for factor, axes in wanted.items():
         own = cut.get(factor.lower(), ())
@@ -255,7 +255,7 @@ def _add_wanted(
 
 
 def _scatter(layout: Layout, cut: dict[str, Axes], wanted: Mapping[str, Axes], mesh: Mapping[str, int]):
-    """How results are cut: as operands, and where they are wanted so over axes that sums are added up over."""
+    """How results are cut: as operands, and as they are wanted over the axes that are summed over."""
     summed = {a for f in layout.summed for a in cut.get(f, ()) if mesh[a] > 1}
     for dim in {d.factor: d for dims in layout.results for d in dims if d is not None}.values():
         if not dim.factor.isupper():

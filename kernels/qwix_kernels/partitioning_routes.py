@@ -1,8 +1,8 @@
 """Lowers an op in shards, where the program that it's part of is cut over a mesh.
 
     explicit axes     types say how arrays are laid out: a shard_map over these axes, planned from them
-    the compiler's    (GSPMD, Shardy) a call that the partitioner asks back about, with a rule by which layouts
-                      propagate, planned from the layouts that it has found
+    the compiler's    (GSPMD, Shardy) a call that the partitioner asks back about, with a rule by which
+                      layouts propagate, planned from the layouts that it has found
     inside shard_map  nothing to do: each shard's program has the op on its own arrays
 
 In either case a shard binds the same primitive again, on the arrays that it holds, so which implementation
@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax._src import config as jax_config
 from jax._src import dispatch as jax_dispatch
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
@@ -62,14 +63,21 @@ def has_explicit_axes(avals: Sequence[Any]) -> bool:
     return any(AxisType.Explicit in a.sharding.mesh.axis_types for a in avals)
 
 
-def typed_as(arrays: Sequence[Any]) -> contextlib.AbstractContextManager:
-    """Where types of arrays say nothing of a mesh, nothing else does.
+@contextlib.contextmanager
+def traced_plainly(arrays: Sequence[Any]) -> Iterator[None]:
+    """What is inside is traced without what JAX checks of programs over meshes.
 
-    A partitioner asks back while the program around it is compiled, perhaps under a mesh with explicit axes.
+    A partitioner asks back while the program around it is compiled, perhaps under a mesh with explicit axes of
+    which these arrays know nothing. And inside of a shard_map that checks what varies over which axes, a kernel
+    would have to say it of its results; the op's primitive has.
     """
-    if all(jax.typeof(x).sharding.mesh.empty for x in arrays):
-        return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
-    return contextlib.nullcontext()
+    nowhere = all(jax.typeof(x).sharding.mesh.empty for x in arrays)
+    mesh = jax.sharding.AbstractMesh((), ())
+    with (
+        jax.sharding.use_abstract_mesh(mesh) if nowhere else contextlib.nullcontext(),
+        jax_config._check_vma(False),
+    ):
+        yield
 
 
 def is_explicit(avals: Sequence[Any]) -> bool:
@@ -150,7 +158,7 @@ def _asked_back(op: Op) -> Callable[..., Sequence[jax.Array]]:
         named = lambda specs: tuple(NamedSharding(mesh, s) for s in specs)
 
         def shard(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-            with typed_as(arrays):
+            with traced_plainly(arrays):
                 return tuple(op.shard(plan, *arrays))
 
         return mesh, shard, named(plan.results), named(plan.operands)
