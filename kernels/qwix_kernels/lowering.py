@@ -156,6 +156,11 @@ def _left_to_the_compiler(axis_context: Any) -> dict[str, int]:
     return {name: size for name, size in mesh.shape.items() if name not in manual}
 
 
+def spec_of(out_sharding: Any) -> PartitionSpec:
+    """A `PartitionSpec`, which may be given as a `NamedSharding`, too."""
+    return out_sharding if isinstance(out_sharding, PartitionSpec) else out_sharding.spec
+
+
 def explicit_axes() -> tuple[str, ...]:
     """Names of the axes of the current mesh whose shardings are part of types."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -48,6 +48,9 @@ class Layout:
       scattered over them, capital letters: "M" is m after the reduction.
     claims: (array, axis) of those that say how factors are cut, the one that wins first.
     summed: factors that the result lacks and that are summed over.
+    operands_first: whether claims come before what is wanted of results; those who lose get it back as far as
+      sums can be scattered.
+    parts: (factor, n) of those that come in n parts, which are not cut further.
     """
 
     names: tuple[str, ...]
@@ -57,6 +60,8 @@ class Layout:
     result_shapes: tuple[tuple[int, ...], ...]
     claims: tuple[tuple[int, int], ...]
     summed: tuple[str, ...] = ()
+    operands_first: bool = False
+    parts: tuple[tuple[str, int], ...] = ()
 
 
 Axes = tuple[str, ...]
@@ -126,15 +131,21 @@ class Plan:
         starts = np.arange(0, part, run, dtype=np.int32)
         return (self.index(dim.factor).astype(np.int32) * part + starts) // tile
 
-    def reduce(self, sums: Any, at: Mapping[str, int]) -> Any:
-        """Adds up partial sums, once. `at`: the axis that each of the result's factors is in `sums`."""
+    def reduce(self, sums: Sequence[jax.Array], at: Mapping[str, int]) -> list[jax.Array]:
+        """Adds up partial sums, all of one shape and dtype, at once.
+
+        Args:
+          at: the axis of each of the result's factors ("M", "N").
+        """
+        if not self.reduced:
+            return list(sums)
+        together = jnp.stack(sums) if len(sums) > 1 else sums[0]
         rest = [a for a in self.reduced if a not in {a for axes in self.scattered.values() for a in axes}]
         for factor, axes in self.scattered.items():
-            scatter = functools.partial(
-                jax.lax.psum_scatter, axis_name=axes, scatter_dimension=at[factor], tiled=True
-            )
-            sums = jax.tree.map(scatter, sums)
-        return jax.lax.psum(sums, tuple(rest)) if rest else sums
+            axis = at[factor] + (len(sums) > 1)
+            together = jax.lax.psum_scatter(together, axes, scatter_dimension=axis, tiled=True)
+        together = jax.lax.psum(together, tuple(rest)) if rest else together
+        return list(together) if len(sums) > 1 else [together]
 
     def __str__(self) -> str:
         cut = [f"{f} over {', '.join(axes)}" for f, axes in self.cut if axes and not f.isupper()]
@@ -176,13 +187,15 @@ def make_plan(
         for i, axis in layout.claims
         if (axes := given[i][axis]) and layout.operands[i][axis] is not None
     ]
-    owner = _owners([(d.factor, axes) for d, axes in claims if d], wanted)
+    owner = _owners([(d.factor, axes) for d, axes in claims if d], {} if layout.operands_first else wanted)
+    if results is None and layout.operands_first:
+        wanted = {d.factor.upper(): axes for d, axes in reversed(claims) if d}
     cut: dict[str, Axes] = {}
     for dim, axes in claims:
         assert dim is not None
         own = tuple(a for a in axes if owner[a] == dim.factor)
         if own and dim.factor not in cut:
-            cut[dim.factor] = _dividing(dim, own, mesh, strict)
+            cut[dim.factor] = _dividing(_whole(layout, dim), own, mesh, strict)
     _add_wanted(layout, cut, wanted, mesh, owner)
     _scatter(layout, cut, wanted, mesh)
     of = functools.partial(_spec, cut=cut, mesh=mesh)
@@ -223,6 +236,11 @@ def _owners(claims: Sequence[tuple[str, Axes]], wanted: Mapping[str, Axes]) -> d
     return owner
 
 
+def _whole(layout: Layout, dim: Dim) -> Dim:
+    """A factor with what the number of its shards has to divide."""
+    return Dim(dim.factor, dict(layout.parts).get(dim.factor.lower(), dim.full))
+
+
 def _dividing(dim: Dim, axes: Axes, mesh: Mapping[str, int], strict: bool) -> Axes:
     """As many of the axes as divide the size."""
     while axes and dim.full % _count(axes, mesh):
@@ -245,7 +263,7 @@ def _add_wanted(
     owner: dict[str, str],
 ) -> None:
     """Cuts along the result's axes that no operand is cut along: a shard takes its part of what it has."""
-    full = {d.factor: d.full for dims in layout.results for d in dims if d is not None}
+    full = {d.factor: _whole(layout, d).full for dims in layout.results for d in dims if d is not None}
     for factor, axes in wanted.items():
         own = cut.get(factor.lower(), ())
         free = tuple(a for a in axes if a in own or a not in owner)

@@ -67,9 +67,9 @@ def has_explicit_axes(avals: Sequence[Any]) -> bool:
 def traced_plainly(arrays: Sequence[Any]) -> Iterator[None]:
     """What is inside is traced without what JAX checks of programs over meshes.
 
-    A partitioner asks back while the program around it is compiled, perhaps under a mesh with explicit axes of
-    which these arrays know nothing. And inside of a shard_map that checks what varies over which axes, a kernel
-    would have to say it of its results; the op's primitive has.
+    A partitioner asks back while the program around it is compiled, perhaps under a mesh with explicit axes
+    of which these arrays know nothing. And inside of a shard_map that checks what varies over which axes, a
+    kernel would have to say it of its results; the op's primitive has.
     """
     nowhere = all(jax.typeof(x).sharding.mesh.empty for x in arrays)
     mesh = jax.sharding.AbstractMesh((), ())

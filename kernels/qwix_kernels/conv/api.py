@@ -32,7 +32,7 @@ class _How:
     names: tuple[str, ...] | None
     config: Any = None
     out_sharding: Any = None
-    bypass: bool = False  # the portable path itself: what XLA partitions by the types of its operands
+    bypass: bool = False  # the portable path itself
 
 
 def conv(
@@ -97,9 +97,7 @@ def conv(
     names = (implementation,) if isinstance(implementation, str) else implementation
     names = None if names is None else tuple(names)
     dispatch.named(problem, names)
-    bypass = (
-        out_sharding is not None or bool(lowering.explicit_axes()) or 0 in (*problem.out_shape, problem.k)
-    )
+    bypass = 0 in (*problem.out_shape, problem.k)
     given = as_tensor(lhs), as_tensor(rhs), extras or NO_EXTRAS
     left, right, more = vary_alike(jax.tree.map(jnp.asarray, given))  # type: ignore[arg-type]
     out = _conv(problem, _How(names, config, out_sharding, bypass), left, right, more)

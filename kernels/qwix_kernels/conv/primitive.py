@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
+from jax.sharding import NamedSharding
 
 from qwix_kernels import dispatch, lowering
+from qwix_kernels import partitioning_routes as routes
 from qwix_kernels.chips import Chip
-from qwix_kernels.conv import cost, xla
+from qwix_kernels.conv import cost, partition, xla
 from qwix_kernels.conv.problem import ConvExtras, ConvProblem
 from qwix_kernels.lowering import How
 from qwix_kernels.problem import Epilogue, Operand, Tensor
@@ -62,11 +64,17 @@ def _structure(problem: ConvProblem) -> Any:
 
 def _abstract(*avals, problem: ConvProblem, how: How):
     lhs = avals[0]
-    outs = [lhs.update(shape=problem.out_shape, dtype=jnp.dtype(problem.out_dtype))]
+    shapes = [(problem.out_shape, jnp.dtype(problem.out_dtype))]
     if problem.epilogue and problem.epilogue.scales_out:
-        shape = (problem.batch, *(1,) * len(problem.out), 1)
-        outs.append(lhs.update(shape=shape, dtype=jnp.dtype("float32")))
-    return outs
+        shapes.append(((problem.batch, *(1,) * len(problem.out), 1), jnp.dtype("float32")))
+    mesh = routes.explicit_mesh(avals)
+    if mesh is None:
+        return [lhs.update(shape=shape, dtype=dtype) for shape, dtype in shapes]
+    plan = routes.plan_of_types(partition.layout_of(problem, _unflatten(problem, avals)), avals, how.out)
+    return [
+        lhs.update(shape=shape, dtype=dtype, sharding=NamedSharding(mesh, spec))
+        for (shape, dtype), spec in zip(shapes, plan.results, strict=True)
+    ]
 
 
 def _batch_rule(args, axes, *, problem: ConvProblem, how: How):
@@ -122,17 +130,37 @@ def _leaves(out: Any) -> list[jax.Array]:
 
 def _lower(ctx, *args, problem: ConvProblem, how: How, platform: str | None):
     known, described = has_sizes(problem), problem
+    outs = routes.lower(ctx, args, functools.partial(_op, problem, how, ctx.avals_in)) if known else None
+    if outs is not None:
+        return outs
     if not known:
         described = dataclasses.replace(problem, lhs=dataclasses.replace(problem.lhs, free=1, tile_free=1))
     decision = lowering.decide(ctx, platform, described, how, sizes_known=known)
-    count = len(ctx.avals_out)
+    count, shardings = len(ctx.avals_out), tuple(aval.sharding for aval in ctx.avals_out)
+    explicit = routes.has_explicit_axes(ctx.avals_in)
 
     def fun(*arrays):
-        operands = _unflatten(problem, arrays)
-        out = decision.impl.run(problem, *operands, config=decision.config, chip=decision.chip)
-        return tuple(jax.tree.leaves(out))[:count]
+        def run_here(*operands):
+            out = decision.impl.run(problem, *operands, config=decision.config, chip=decision.chip)
+            return tuple(jax.tree.leaves(out))[:count]
+
+        run: Any = run_here
+        if decision.impl.name == "xla" and explicit:
+            run = jax.sharding.auto_axes(run, out_sharding=shardings)
+        with routes.traced_plainly(arrays):
+            return run(*_unflatten(problem, arrays))
 
     return mlir.lower_fun(fun, multiple_results=True)(ctx, *args)
+
+
+def _op(problem: ConvProblem, how: How, avals: Sequence[Any]) -> routes.Op:
+    """What cuts it over a mesh."""
+
+    def shard(plan, *arrays):
+        return partition.run(problem, how, bind, plan, *_unflatten(problem, plan.local(arrays)))
+
+    whole = functools.partial(conv_p.bind, problem=problem, how=how)
+    return routes.Op(partition.layout_of(problem, _unflatten(problem, avals)), shard, whole, how.out)
 
 
 def has_sizes(problem: ConvProblem) -> bool:

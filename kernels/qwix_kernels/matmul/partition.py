@@ -74,8 +74,8 @@ def run(
     how = dataclasses.replace(how, out=None)
     e = problem.epilogue
     if plan.reduced:
-        problem, lhs, extras = _rows_of_all(problem, plan, lhs, extras)
-    local = _described(problem, lhs, rhs, extras)
+        problem, lhs, extras = rows_of_all(problem, plan, lhs, extras)
+    local = described(problem, lhs, rhs, extras)
     shared_tiles = e and e.quantize and not e.quantize.static and _straddles(plan, "N", e.quantize.tile_k)
     if not plan.reduced and not shared_tiles:
         return bind(local, how, lhs, rhs, extras)
@@ -110,7 +110,7 @@ def _but_quantized(e: Epilogue) -> Epilogue | None:
     return None if rest == Epilogue() else rest
 
 
-def _described(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, extras: Extras) -> MatmulProblem:
+def described(problem: MatmulProblem, lhs: Tensor, rhs: Tensor, extras: Extras) -> MatmulProblem:
     """The problem of these arrays, parts of those that it was made for."""
     n, k = (1, 2) if problem.rhs_transposed else (2, 1)
     left, right = _operand(problem.lhs, lhs, 1, 2), _operand(problem.rhs, rhs, n, k)
@@ -154,7 +154,7 @@ def _dim(plan: Plan, factor: str) -> Dim:
     return next(d for each in dims for d in each if d is not None and d.factor == factor)
 
 
-def _rows_of_all(
+def rows_of_all(
     problem: MatmulProblem, plan: Plan, lhs: Tensor, extras: Extras
 ) -> tuple[MatmulProblem, Tensor, Extras]:
     """The lhs normalised by all of its row, and with given scales where tiles lie in several shards."""

@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
+from jax.sharding import NamedSharding
 
 from qwix_kernels import dispatch, lowering
+from qwix_kernels import partitioning_routes as routes
 from qwix_kernels.lowering import How
-from qwix_kernels.quantize import xla
+from qwix_kernels.quantize import partition, xla
 from qwix_kernels.quantize.problem import Axis, QuantizeProblem
 
 X_DTYPES = ("bfloat16", "float16", "float32")
@@ -71,14 +73,6 @@ def quantize(
     dispatch.named(problem, names)
     if not x.size:
         return x.astype(dtype), jnp.ones(problem.scale_shape, x.dtype)
-    if lowering.explicit_axes():
-        last = dispatch.implementations(problem)[-1].name
-        if names is not None and last not in names:
-            raise NotImplementedError(
-                f"{names!r} cannot run this: under a mesh with explicit axes it is XLA that lays out the "
-                f"results. implementation={last!r} can."
-            )
-        return xla.run(problem, x)
     how = How(None if names is None else tuple(names)).traced()
     values, scale = quantize_p.bind(x, problem=problem, how=how)
     return values, scale
@@ -93,7 +87,15 @@ dispatch.register(
 
 
 def _abstract(x, *, problem: QuantizeProblem, how: How):
-    return [x.update(dtype=jnp.dtype(problem.dtype)), x.update(shape=problem.scale_shape)]
+    mesh = routes.explicit_mesh([x])
+    if mesh is None:
+        return [x.update(dtype=jnp.dtype(problem.dtype)), x.update(shape=problem.scale_shape)]
+    plan = routes.plan_of_types(partition.layout_of(problem), [x], how.out)
+    values, scale = (NamedSharding(mesh, spec) for spec in plan.results)
+    return [
+        x.update(dtype=jnp.dtype(problem.dtype), sharding=values),
+        x.update(shape=problem.scale_shape, sharding=scale),
+    ]
 
 
 def _batch_rule(args, axes, *, problem: QuantizeProblem, how: How):
@@ -107,11 +109,28 @@ def _batch_rule(args, axes, *, problem: QuantizeProblem, how: How):
 
 def _lower(ctx, x, *, problem: QuantizeProblem, how: How, platform: str | None):
     known = all(isinstance(n, int) for n in ctx.avals_in[0].shape)
+    outs = routes.lower(ctx, [x], functools.partial(_op, problem, how)) if known else None
+    if outs is not None:
+        return outs
     described = problem if known else dataclasses.replace(problem, batch=1, rows=_NOMINAL, columns=_NOMINAL)
     # Arrays that stay on the chip are XLA's: nothing to warn of.
     decision = lowering.decide(ctx, platform, described, how, sizes_known=known, warns=lambda problem: False)
-    run = functools.partial(decision.impl.run, problem, config=decision.config, chip=decision.chip)
-    return mlir.lower_fun(lambda x: list(run(x)), multiple_results=True)(ctx, x)
+    run: Any = functools.partial(decision.impl.run, problem, config=decision.config, chip=decision.chip)
+    if decision.impl.name == "xla" and routes.has_explicit_axes(ctx.avals_in):
+        run = jax.sharding.auto_axes(run, out_sharding=tuple(aval.sharding for aval in ctx.avals_out))
+
+    def fun(x):
+        with routes.traced_plainly([x]):
+            return list(run(x))
+
+    return mlir.lower_fun(fun, multiple_results=True)(ctx, x)
+
+
+def _op(problem: QuantizeProblem, how: How) -> routes.Op:
+    """What cuts it over a mesh."""
+    shard = functools.partial(partition.run, problem, how, quantize_p.bind)
+    whole = functools.partial(quantize_p.bind, problem=problem, how=how)
+    return routes.Op(partition.layout_of(problem), shard, whole, how.out)
 
 
 _NOMINAL = 256

@@ -20,7 +20,12 @@ GPU_KERNEL_US = 1.5  # of any kernel on a GPU, beside its work
 
 def run(problem: QuantizeProblem, x: jax.Array, **_: Any) -> tuple[jax.Array, jax.Array]:
     """(values, scale): see problem.py."""
-    top = absmax(x, 1 if problem.scale_of == "columns" else 2, keepdims=True).astype(jnp.float32)
+    return by_absmax(problem, x, absmax(x, 1 if problem.scale_of == "columns" else 2, keepdims=True))
+
+
+def by_absmax(problem: QuantizeProblem, x: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(values, scale) of what is `top` at most in its column or row."""
+    top = top.astype(jnp.float32)
     scale = scale_of(top, problem).astype(x.dtype)
     return convert(x.astype(jnp.float32) * (1 / scale.astype(jnp.float32)), problem), scale
 

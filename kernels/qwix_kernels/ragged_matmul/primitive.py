@@ -16,13 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from qwix_kernels import chips, dispatch, lowering
-from qwix_kernels.lowering import How, explicit_axes
+from qwix_kernels import partitioning_routes as routes
+from qwix_kernels.lowering import How
 from qwix_kernels.matmul.primitive import with_own_batch
+from qwix_kernels.partitioning import Layout
 from qwix_kernels.problem import Epilogue, Extras, Operand, Tensor
-from qwix_kernels.ragged_matmul import cost, xla
+from qwix_kernels.ragged_matmul import cost, partition, xla
 from qwix_kernels.ragged_matmul.problem import GmmProblem, Groups, TgmmProblem
 
 Problem = GmmProblem | TgmmProblem
@@ -127,20 +129,22 @@ def _unflatten(problem: Problem, leaves: Sequence[Any]) -> Any:
 
 def _abstract(*avals, problem: Problem, how: How):
     operands = _unflatten(problem, avals)
-    lhs, rhs = operands[0].values, operands[1].values
+    lhs = operands[0].values
     if isinstance(problem, TgmmProblem):
         shape, dtype = (problem.matrices, problem.k, problem.n), problem.out_dtype
-        spec = lambda left, right: (None, left[2], right[2])
     else:
         p = problem.product
         shape, dtype = (p.m, p.n), p.out_dtype
-        spec = lambda left, right: (left[1], right[1 if p.rhs_transposed else 2])
-    out = lhs.update(shape=shape, dtype=jnp.dtype(dtype))
-    mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), None)
+    mesh = routes.explicit_mesh(avals)
     if mesh is None:
-        return out
-    laid_out = PartitionSpec(*spec(lhs.sharding.spec, rhs.sharding.spec))
-    return out.update(sharding=NamedSharding(mesh, laid_out))
+        return lhs.update(shape=shape, dtype=jnp.dtype(dtype))
+    (spec,) = routes.plan_of_types(_layout(problem, operands), avals, how.out).results
+    return lhs.update(shape=shape, dtype=jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
+
+
+def _layout(problem: Problem, operands: Any) -> Layout:
+    of = partition.tgmm_layout if isinstance(problem, TgmmProblem) else partition.gmm_layout
+    return of(problem, operands)
 
 
 # --- batching
@@ -280,19 +284,37 @@ def _tgmm_batch_rule(args, axes, *, problem: TgmmProblem, how: How):
 
 
 def _lower(ctx, *args, problem: Problem, how: How, platform: str | None):
+    outs = routes.lower(ctx, args, functools.partial(_op, problem, how, ctx.avals_in))
+    if outs is not None:
+        return outs
     decision = lowering.decide(ctx, platform, problem, how)
     (sharding,) = (aval.sharding for aval in ctx.avals_out)
+    explicit = routes.has_explicit_axes(ctx.avals_in)
 
     def fun(*arrays):
         def run_here(*operands):
             return decision.impl.run(problem, *operands, config=decision.config, chip=decision.chip)
 
         run: Any = run_here
-        if decision.impl.name == "xla" and explicit_axes():
+        if decision.impl.name == "xla" and explicit:
             run = jax.sharding.auto_axes(run, out_sharding=sharding)
-        return run(*_unflatten(problem, arrays))
+        with routes.traced_plainly(arrays):
+            return run(*_unflatten(problem, arrays))
 
     return mlir.lower_fun(fun, multiple_results=False)(ctx, *args)
+
+
+def _op(problem: Problem, how: How, avals: Sequence[Any]) -> routes.Op:
+    """What cuts it over a mesh."""
+    is_gmm = isinstance(problem, GmmProblem)
+    run: Any = partition.run_gmm if is_gmm else partition.run_tgmm
+    bind = bind_gmm if is_gmm else bind_tgmm
+
+    def shard(plan, *arrays):
+        return run(problem, how, bind, plan, *_unflatten(problem, plan.local(arrays)))
+
+    whole = lambda *arrays: ((gmm_p if is_gmm else tgmm_p).bind(*arrays, problem=problem, how=how),)
+    return routes.Op(_layout(problem, _unflatten(problem, avals)), shard, whole, how.out)
 
 
 gmm_p = lowering.primitive("qwix_gmm", _abstract, _gmm_batch_rule, _lower, multiple_results=False)
