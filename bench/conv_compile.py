@@ -1,8 +1,9 @@
 """The process that prices convolutions: one JSON object a line on standard input, one line of answer each.
 
-A request is {"chip", "layer" (fields of shapes.ConvLayer), "scheme", "program"}. Programs are those of
-`PROGRAMS`; the answer has the ops of tpu_compile.ProgramCost. With a FOLDER the compiler's bundles are dumped
-there, which kernels need; without, only programs without kernels can be priced, and faster.
+A request is {"chip", "layer" (fields of shapes.ConvLayer), "scheme", "program", "config" (its blocks, or
+null)}. Programs are those of `PROGRAMS`; the answer has the ops of tpu_compile.ProgramCost. With a FOLDER the
+compiler's bundles are dumped there, which kernels need; without, only programs without kernels can be
+priced, and faster.
 
 Run as `python -m bench.conv_compile [FOLDER] [CACHE]`, by conv_price.py; '' stands for none.
 """
@@ -33,7 +34,8 @@ def answer(request: dict[str, Any], dump: str | None, cache: Cache | None) -> di
         op, arrays = conv_problems.xla_bf16(layer), conv_problems.bf16_operands(layer)
     else:
         name = "mosaic_tpu" if program == "kernel" else "xla"
-        op, arrays = conv_problems.kernel(layer, scheme, name), conv_problems.operands(layer, scheme)
+        config = conv_problems.config(request.get("config"))
+        op, arrays = conv_problems.kernel(layer, scheme, name, config), conv_problems.operands(layer, scheme)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cost = tpu_compile.price(

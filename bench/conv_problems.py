@@ -60,11 +60,18 @@ def problem(layer: ConvLayer, scheme: str) -> ConvProblem:
     return conv.problem_of(*operands(layer, scheme), **options(layer, scheme))
 
 
-def kernel(layer: ConvLayer, scheme: str, implementation: str | None = None):
+def config(fields: dict[str, Any] | None) -> Any:
+    """The blocks with these fields; None for those that are looked up."""
+    from qwix_kernels.conv.tpu_config import Config
+
+    return Config(**fields) if fields else None
+
+
+def kernel(layer: ConvLayer, scheme: str, implementation: str | None = None, config: Any = None):
     """The op itself, as a function of `operands`."""
 
     def op(x, w):
-        return conv.conv(x, w, implementation=implementation, **options(layer, scheme))
+        return conv.conv(x, w, implementation=implementation, config=config, **options(layer, scheme))
 
     return op
 

@@ -38,12 +38,20 @@ def problem(scheme: Scheme, layer: RaggedLayer) -> GmmProblem:
     return ragged_matmul.gmm_problem_of(*operands(scheme, layer), quantize_lhs=how, out_dtype=jnp.bfloat16)
 
 
-def kernel(scheme: Scheme) -> Callable[..., jax.Array]:
+def kernel(scheme: Scheme, implementation: str | None = None, config: Any = None) -> Callable[..., jax.Array]:
     """The op, as a function of `operands`."""
 
     def op(lhs, rhs, sizes):
         how = problems.row_quantize(scheme)
-        return ragged_matmul.gmm(lhs, rhs, sizes, quantize_lhs=how, out_dtype=jnp.bfloat16)
+        return ragged_matmul.gmm(
+            lhs,
+            rhs,
+            sizes,
+            quantize_lhs=how,
+            out_dtype=jnp.bfloat16,
+            implementation=implementation,
+            config=config,
+        )
 
     return op
 

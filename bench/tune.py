@@ -3,6 +3,8 @@
     python -m bench.tune --dry-run
     python -m bench.tune --chip v5e --scheme w4a16_g128 --model llama3_8b --m 16,1024
     python -m bench.tune --chip v6e --scheme w8a8 --k 5120 --n 13824 --user
+    python -m bench.tune --op conv --chip v6e --scheme w8a8_static --model resnet50
+    python -m bench.tune --op ragged --chip v7x --model mixtral_8x7b
     python -m bench.tune --chip v7x --verify
 
 Candidates are compiled and priced as by bench.price, several at a time; answers are kept, so that a run which
@@ -11,24 +13,30 @@ was interrupted, or ran out of its budget, goes on where it was. docs/tuning.md 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags
 
 from bench import pool, shapes, suites, tpu_compile
 from bench.cache import default_folder
-from bench.cells import Cell, cells_of, check_chips
+from bench.cells import cells_of, check_chips
 
+_OP = flags.DEFINE_enum("op", "matmul", ["matmul", "conv", "ragged"], "Whose blocks to search.")
 _CHIP = flags.DEFINE_list("chip", list(tpu_compile.TOPOLOGY), "Chips to tune for.")
-_SCHEME = flags.DEFINE_list("scheme", list(suites.MAIN_SCHEMES), "Schemes, for example w8a8,w4a16_g128.")
-_MODEL = flags.DEFINE_list("model", None, f"Models whose layers to tune: {', '.join(shapes.MODELS)} (all).")
+_SCHEME = flags.DEFINE_list("scheme", None, "Schemes, for example w8a8,w4a16_g128; by default the main ones.")
+_MODEL = flags.DEFINE_list(
+    "model",
+    None,
+    f"Models of bench/shapes.py whose layers to tune, such as {', '.join(shapes.MODELS)} (all).",
+)
 _K = flags.DEFINE_list("k", None, "Lengths of the sums, instead of --model.")
 _N = flags.DEFINE_list("n", None, "Columns of the weight, instead of --model.")
 _M = flags.DEFINE_list("m", ["16", "64", "1024"], "Rows: one number for each bucket.")
@@ -46,13 +54,21 @@ _VERIFY = flags.DEFINE_boolean("verify", False, "Price the tables' entries again
 _CACHE = flags.DEFINE_string("cache", default_folder(), "Folder of the answers so far; '': none.")
 _RESULTS = flags.DEFINE_string("results", None, "Write every price of this run here, one JSON object a line.")
 
+_MAIN = {"matmul": suites.MAIN_SCHEMES, "conv": shapes.CONV_SCHEMES, "ragged": ("w8a8", "w4a16_g128")}
 _SECONDS = 5.0  # one compilation
 _SHOWN = 40  # problems of a dry run
 
 
-def _cells() -> tuple[list[Cell], list[str]]:
+def _cells() -> tuple[list[Any], list[str]]:
     """The problems that the flags name, and those left out because a tile does not fit."""
     check_chips(_CHIP.value)
+    if _OP.value != "matmul":
+        from bench import tune_ops
+
+        given = [flag for flag in ("k", "n", "m") if flags.FLAGS[flag].present]
+        if given:
+            raise ValueError(f"--op {_OP.value} tunes layers of models; leave out --{', --'.join(given)}.")
+        return tune_ops.layer_cells(_OP.value, _CHIP.value, _schemes(), _MODEL.value)
     for model in _MODEL.value or ():
         if model not in shapes.MODELS:
             raise ValueError(f"Unknown model {model!r}; models: {', '.join(shapes.MODELS)}.")
@@ -64,12 +80,16 @@ def _cells() -> tuple[list[Cell], list[str]]:
         models = _MODEL.value or shapes.MODELS
         layers = ((layer.k, layer.n) for model in models for layer in shapes.MODELS[model])
     layers, ms, left_out, cells = list(dict.fromkeys(layers)), _numbers("m", _M.value), [], []
-    for (k, n), name in itertools.product(layers, _SCHEME.value):
+    for (k, n), name in itertools.product(layers, _schemes()):
         if reason := shapes.scheme(name).misfit(k, n):
             left_out.append(f"{name} {k} x {n}: {reason}")
         else:
             cells += cells_of(_CHIP.value, [name], ms, [(k, n)])
     return cells, left_out
+
+
+def _schemes() -> Sequence[str]:
+    return _SCHEME.value or _MAIN[_OP.value]
 
 
 def _numbers(flag: str, values: list[str] | None) -> list[int]:
@@ -84,7 +104,8 @@ def plan(searches: Sequence[Any], limit: int, jobs: int, cache: str | None) -> s
     lines, known = [], 0
     for search in searches[:_SHOWN]:
         configs = search.planned()
-        known += pool.known([search.cell_of(config) for config in configs], cache)
+        if search.op.name == "matmul":  # of other ops the programs are kept, not the cells
+            known += pool.known([search.cell_of(config) for config in configs], cache)
         lines.append(f"{search.cell}: {len(configs)} configs, first {_blocks(configs)}")
     if len(searches) > _SHOWN:
         lines.append(f"and {len(searches) - _SHOWN} more")
@@ -105,7 +126,7 @@ def _blocks(configs: Sequence[Any]) -> str:
 
 def run(
     searches: Sequence[Any],
-    price: Callable[[Sequence[Cell]], Iterable[tuple[int, dict[str, Any]]]],
+    price: Callable[[Sequence[Any]], Iterable[tuple[int, dict[str, Any]]]],
     deadline: float = float("inf"),
 ) -> None:
     """Advances all searches to their ends, round by round, or until the deadline (of time.monotonic)."""
@@ -153,6 +174,19 @@ def _table(chip: Any, folder: pathlib.Path | None) -> pathlib.Path:
     return folder / f"{chip.name}.json" if folder else tuning.packaged_file(chip)
 
 
+@contextlib.contextmanager
+def _price(op: str) -> Iterator[Any]:
+    """What prices cells of an op."""
+    from bench import tune_price
+
+    cache = _CACHE.value or None
+    if op == "matmul":
+        yield lambda cells: pool.price_unordered(cells, jobs=_JOBS.value, cache=cache)
+        return
+    with tune_price.pricer(op, _JOBS.value, cache) as price:
+        yield price
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
@@ -160,23 +194,25 @@ def main(argv: Sequence[str]) -> None:
     from bench import tune_report, tune_search, tune_verify
 
     folder = pathlib.Path(_OUT.value) if _OUT.value else None
-    cache = _CACHE.value or None
-    price = lambda cells: pool.price_unordered(cells, jobs=_JOBS.value, cache=cache)
     try:
         if _VERIFY.value:
             check_chips(_CHIP.value)
-            sys.exit(tune_verify.verify(_CHIP.value, lambda chip: _table(chip, folder), price))
+            with contextlib.ExitStack() as stack:
+                price = lambda cells: tune_verify.by_op(cells, lambda op: stack.enter_context(_price(op)))
+                sys.exit(tune_verify.verify(_CHIP.value, lambda chip: _table(chip, folder), price))
         cells, left_out = _cells()
     except ValueError as error:
         raise app.UsageError(str(error)) from None
-    searches, refused = tune_search.searches(cells, _CANDIDATES.value)
+    searches, refused = tune_search.searches(cells, _CANDIDATES.value, _OP.value)
     for line in (*left_out, *(f"{cell}: {reason}" for cell, reason in refused.items())):
         print(f"left out: {line}")
     if _DRY_RUN.value:
-        print(plan(searches, _CANDIDATES.value, _JOBS.value, cache))
+        print(plan(searches, _CANDIDATES.value, _JOBS.value, _CACHE.value or None))
         return
+    deadline = time.monotonic() + 60 * _BUDGET.value if _BUDGET.value else float("inf")
     try:
-        run(searches, price, time.monotonic() + 60 * _BUDGET.value if _BUDGET.value else float("inf"))
+        with _price(_OP.value) as price:
+            run(searches, price, deadline)
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from here.", file=sys.stderr)
     for path, count in write(searches, folder, _USER.value).items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -56,7 +57,7 @@ def regrets(searches: Sequence[Search]) -> list[Regret]:
                 sum("config" in (search.entry() or {}) for search in group),
                 statistics.geometric_mean(1 + e for e in each) - 1,
                 max(each),
-                f"{worst.m} x {worst.k} x {worst.n}",
+                _size(worst),
                 statistics.mean(orders) if orders else None,
             )
         )
@@ -77,7 +78,15 @@ def show(searches: Sequence[Search]) -> None:
     console = Console(width=max(150, Console().width))
     table = Table(title="Static microseconds of the heuristic's blocks and of the best that were found")
     right = ("heuristic", "best", "gain", "x floor")
-    for column in ("chip", "scheme", "M x K x N", *right, "priced", "heuristic's blocks", "best blocks"):
+    for column in (
+        "chip",
+        "scheme",
+        "M x K x N or layer",
+        *right,
+        "priced",
+        "heuristic's blocks",
+        "best blocks",
+    ):
         table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
     for search in sorted(searches, key=lambda s: -(regret(s) or 0.0)):
         table.add_row(*_row(search))
@@ -107,7 +116,7 @@ def _row(search: Search) -> tuple[str, ...]:
     return (
         c.chip,
         c.scheme,
-        f"{c.m} x {c.k} x {c.n}",
+        _size(c),
         us(own),
         us(least),
         "-" if lost is None else f"{lost:.1%}",
@@ -118,6 +127,10 @@ def _row(search: Search) -> tuple[str, ...]:
     )
 
 
+def _size(cell: Any) -> str:
+    return str(cell.layer) if hasattr(cell, "layer") else f"{cell.m} x {cell.k} x {cell.n}"
+
+
 def blocks(config) -> str:
     """A config in a few characters.
 
@@ -125,5 +138,7 @@ def blocks(config) -> str:
     >>> blocks(Config(1024, 256, 4096, "after"))
     '1024 x 4096 x 256 after'
     """
+    if not hasattr(config, "block_k"):
+        return " ".join(f"{k}={v}" for k, v in fields_of(config).items()) or config.kernel
     rest = {k: v for k, v in fields_of(config).items() if k not in ("block_m", "block_n", "block_k")}
     return " ".join([f"{config.block_m} x {config.block_k} x {config.block_n}", *map(str, rest.values())])

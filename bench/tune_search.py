@@ -16,12 +16,10 @@ import pathlib
 from typing import Any
 
 from qwix_kernels import chips, tuning
-from qwix_kernels.matmul import tpu_estimate
-from qwix_kernels.matmul.tpu_config import Config
 
-from bench import problems, shapes, tune_space
+from bench import tune_ops, tune_space
 from bench.cache import digest_of_files
-from bench.cells import Cell
+from bench.tune_ops import TunedOp
 
 IMPLEMENTATION = "mosaic_tpu"
 WINS = 0.98  # times the price of the heuristic's choice
@@ -32,68 +30,68 @@ DONE = 1.02  # times the floor of the best strategy
 class Search:
     """One problem on one chip. `cell` has no config; `limit` counts the cells besides the heuristic's."""
 
-    cell: Cell
+    cell: Any
     limit: int
-    answers: dict[Config, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    op: TunedOp = tune_ops.OPS["matmul"]
+    answers: dict[Any, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def chip(self) -> chips.Chip:
         return chips.chip(self.cell.chip)
 
     @functools.cached_property
-    def problem(self):
-        c = self.cell
-        return problems.problem(shapes.scheme(c.scheme), c.m, c.k, c.n, c.batch)
+    def problem(self) -> Any:
+        return self.op.problem(self.cell)
 
     @functools.cached_property
-    def heuristic(self) -> Config:
-        return tpu_estimate.heuristic_config(self.problem, self.chip)
+    def heuristic(self) -> Any:
+        return self.op.heuristic(self.problem, self.chip)
 
     @functools.cached_property
     def _space(self) -> tuple[tune_space.Candidate, ...]:
-        return tune_space.space(self.problem, self.chip)
+        return self.op.space(self.problem, self.chip)
 
     @property
-    def best(self) -> Config | None:
+    def best(self) -> Any:
         """The config with the lowest score; the heuristic's where that is as low."""
         scores = {c: score for c in self.answers if (score := self.score(c)) is not None}
         return min(scores, key=lambda c: (scores[c], c != self.heuristic), default=None)
 
-    def price(self, config: Config) -> float | None:
+    def price(self, config: Any) -> float | None:
         """Static microseconds, None where that was not priced or has no price."""
         return self.answers.get(config, {}).get("static_us")
 
-    def score(self, config: Config) -> float | None:
+    def score(self, config: Any) -> float | None:
         """The price, and the first fetch and last store, which it leaves out: what is compared."""
         price = self.price(config)
-        return None if price is None else price + tune_space.ramp_us(self.problem, self.chip, config)
+        return None if price is None else price + self.op.ramp_us(self.problem, self.chip, config)
 
     @property
     def finished(self) -> bool:
         return not self.next()
 
-    def next(self, count: int = 1) -> list[Config]:
+    def next(self, count: int = 1) -> list[Any]:
         """Up to `count` configs to price next; none where the search is at its end."""
         if self.heuristic not in self.answers:
             return [self.heuristic]
         best = self.best
         if best and self.answers[best]["ratio_to_best_floor"] <= DONE:
             return []
-        spread = list(tune_space.diverse(self._space, self.heuristic))
+        spread = list(tune_space.diverse(self._space, self.heuristic, self.op.kind))
         if best and len(self.answers) > self.limit // 2:
-            spread = [*tune_space.neighbours(self._space, best), *spread]
+            spread = [*tune_space.neighbours(self._space, best, self.op.sizes), *spread]
         new = [c for c in dict.fromkeys(spread) if c not in self.answers]
         return new[: min(count, self.limit + 1 - len(self.answers))]
 
-    def cell_of(self, config: Config) -> Cell:
+    def cell_of(self, config: Any) -> Any:
         return dataclasses.replace(self.cell, config=json.dumps(dataclasses.asdict(config)))
 
-    def planned(self) -> list[Config]:
+    def planned(self) -> list[Any]:
         """What would be priced if every price were as the estimates have it."""
-        return list(tune_space.diverse(self._space, self.heuristic))[: self.limit + 1]
+        return list(tune_space.diverse(self._space, self.heuristic, self.op.kind))[: self.limit + 1]
 
     @property
-    def winner(self) -> Config | None:
+    def winner(self) -> Any:
         """The best, where its price beats that of the heuristic's choice by enough for an entry."""
         best, own = self.best, self.price(self.heuristic)
         if best is None or best == self.heuristic:
@@ -103,7 +101,7 @@ class Search:
     def entry(self) -> dict[str, Any] | None:
         """The line of the tuning table: the winner, or that there is none; None while neither is known."""
         winner, own = self.winner, self.price(self.heuristic)
-        found: dict[str, Any] = {"scheme": self.cell.scheme, "kernel": kernel_digest()}
+        found: dict[str, Any] = {**self.op.fields(self.cell), "kernel": kernel_digest(self.op.folder)}
         if own is not None:
             found["heuristic_us"] = round(own, 3)
         if winner:
@@ -115,19 +113,20 @@ class Search:
         return tuning.key(self.problem)
 
 
-def fields_of(config: Config) -> dict[str, Any]:
+def fields_of(config: Any) -> dict[str, Any]:
     """A config's fields as a table holds them: those at their default are left out."""
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     return {k: v for k, v in dataclasses.asdict(config).items() if v != defaults[k]}
 
 
-def searches(cells: list[Cell], limit: int) -> tuple[list[Search], dict[str, str]]:
+def searches(cells: list[Any], limit: int, op: str = "matmul") -> tuple[list[Search], dict[str, str]]:
     """A search for each cell that the kernel can run, and why it cannot run the others."""
     found, refused = [], {}
     for cell in cells:
-        search = Search(dataclasses.replace(cell, implementation=IMPLEMENTATION, baselines=False), limit)
+        of_kernel = {"implementation": IMPLEMENTATION, "baselines": False} if op == "matmul" else {}
+        search = Search(dataclasses.replace(cell, **of_kernel), limit, tune_ops.OPS[op])
         try:
-            tpu_estimate.check(search.problem, search.chip)
+            _ = search.heuristic
         except NotImplementedError as error:
             refused[str(cell)] = str(error)
             continue
@@ -136,9 +135,9 @@ def searches(cells: list[Cell], limit: int) -> tuple[list[Search], dict[str, str
 
 
 @functools.cache
-def kernel_digest() -> str:
+def kernel_digest(folder: str = "matmul") -> str:
     """Says which kernel and compiler an entry was priced with: changes with their sources and versions."""
-    folder = pathlib.Path(tuning.__file__).parent
-    sources = digest_of_files([*folder.glob("matmul/tpu*.py"), folder / "problem.py"])
+    root = pathlib.Path(tuning.__file__).parent
+    sources = digest_of_files([*root.glob(f"{folder}/tpu*.py"), root / "problem.py"])
     versions = [importlib.metadata.version(p) for p in ("jax", "libtpu")]
     return hashlib.sha256(" ".join([sources, *versions]).encode()).hexdigest()[:12]

@@ -1,7 +1,6 @@
-"""Which block sizes are worth compiling for one problem: more than the heuristic looks at, best guess first.
+"""Which block sizes are worth compiling for a matmul: more than the heuristic looks at, best guess first.
 
-A candidate's class is what an estimate tends to get wrong as a whole: the strategy, whether K lies in one
-block, and whether blocks are wider than tall. The best of every class comes before the second best of any.
+And in which order candidates of any op are tried.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from qwix_kernels.chips import Chip
 from qwix_kernels.matmul import tpu_estimate
@@ -28,7 +28,7 @@ HOPELESS = 3.0  # times the least estimate
 class Candidate:
     """A config that fits, and its estimate with the ramp: microseconds on one core."""
 
-    config: Config
+    config: Any
     estimate_us: float
 
 
@@ -39,16 +39,26 @@ def space(problem: MatmulProblem, chip: Chip) -> tuple[Candidate, ...]:
     Raises NotImplementedError for a problem that the kernel does not take.
     """
     tpu_estimate.check(problem, chip)
+    with_ramp = lambda config: (
+        tpu_estimate.estimate(problem, chip, config).static_us + ramp_us(problem, chip, config)
+    )
+    return ordered([*_configs(problem), tpu_estimate.heuristic_config(problem, chip)], with_ramp)
+
+
+def ordered(configs: Iterable[Any], estimate: Callable[[Any], float]) -> tuple[Candidate, ...]:
+    """Those that fit and are not hopeless, the lowest estimate first.
+
+    `estimate` raises NotImplementedError for one that does not fit.
+    """
     found = {}
-    for config in dict.fromkeys([*_configs(problem), tpu_estimate.heuristic_config(problem, chip)]):
+    for config in dict.fromkeys(configs):
         try:
-            cost = tpu_estimate.estimate(problem, chip, config)
-            found[config] = cost.static_us + ramp_us(problem, chip, config)
+            found[config] = estimate(config)
         except NotImplementedError:
             continue
     least = min(found.values())
-    ordered = sorted(found, key=lambda c: found[c])
-    return tuple(Candidate(c, found[c]) for c in ordered if found[c] <= HOPELESS * least)
+    by_estimate = sorted(found, key=lambda c: found[c])
+    return tuple(Candidate(c, found[c]) for c in by_estimate if found[c] <= HOPELESS * least)
 
 
 def ramp_us(problem: MatmulProblem, chip: Chip, config: Config) -> float:
@@ -56,18 +66,20 @@ def ramp_us(problem: MatmulProblem, chip: Chip, config: Config) -> float:
     return tpu_estimate.ramp_us(resolve(problem, chip, config), chip)
 
 
-def diverse(candidates: tuple[Candidate, ...], first: Config) -> Iterator[Config]:
-    """The configs in the order to try: `first`, then class by class, then what is left."""
-    by_class: dict[tuple, list[Config]] = {}
+def diverse(
+    candidates: Sequence[Candidate], first: Any, kind: Callable[[Any, Sequence[Candidate]], Any]
+) -> Iterator[Any]:
+    """The configs in the order to try: `first`, then the best of each kind, the second best, and so on."""
+    by_kind: dict[Any, list[Any]] = {}
     for candidate in candidates:
-        by_class.setdefault(_class(candidate.config, candidates), []).append(candidate.config)
-    rounds = itertools.zip_longest(*by_class.values())
+        by_kind.setdefault(kind(candidate.config, candidates), []).append(candidate.config)
+    rounds = itertools.zip_longest(*by_kind.values())
     yield from dict.fromkeys([first, *(c for one in rounds for c in one if c is not None)])
 
 
-def neighbours(candidates: tuple[Candidate, ...], config: Config) -> list[Config]:
+def neighbours(candidates: Sequence[Candidate], config: Any, fields: Sequence[str]) -> list[Any]:
     """Candidates that differ from `config` in one size, by one step up or down, the lowest estimate first."""
-    sizes = {f: sorted({getattr(c.config, f) for c in candidates}) for f in _SIZES}
+    sizes = {f: sorted({getattr(c.config, f) for c in candidates}) for f in fields}
     near = set()
     for field, values in sizes.items():
         at = values.index(getattr(config, field))
@@ -75,14 +87,6 @@ def neighbours(candidates: tuple[Candidate, ...], config: Config) -> list[Config
             if 0 <= i < len(values):
                 near.add(dataclasses.replace(config, **{field: values[i]}))
     return [c.config for c in candidates if c.config in near]
-
-
-_SIZES = ("block_m", "block_n", "block_k")
-
-
-def _class(config: Config, candidates: tuple[Candidate, ...]) -> tuple:
-    most_k = max(c.config.block_k for c in candidates)
-    return config.strategy, config.block_k == most_k, config.block_n > config.block_m
 
 
 def _configs(p: MatmulProblem) -> Iterator[Config]:

@@ -19,7 +19,7 @@ from qwix_kernels import chips, dispatch, tuning, tuning_files
 from qwix_kernels.matmul import tpu_estimate
 from qwix_kernels.matmul.tpu_config import Config
 
-from bench import pool, problems, shapes, tune, tune_report, tune_search, tune_space, tune_verify
+from bench import pool, problems, shapes, tune, tune_ops, tune_report, tune_search, tune_space, tune_verify
 from bench.cells import Cell
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def pricer(us, floor=1.0):
     return price
 
 
-@pytest.mark.parametrize("module", ["tune_report"])
+@pytest.mark.parametrize("module", ["tune_ops", "tune_report"])
 def test_examples_in_docstrings(module):
     assert doctest.testmod(importlib.import_module(f"bench.{module}")).failed == 0
 
@@ -93,8 +93,34 @@ def test_candidates_fit_and_hold_the_heuristics(chip, scheme, m, k, n):
     assert estimates == sorted(estimates) and estimates[-1] <= tune_space.HOPELESS * estimates[0]
     for candidate in space:
         tpu_estimate.estimate(problem, spec, candidate.config)  # raises for one that does not fit
-    spread = list(tune_space.diverse(space, own))
+    spread = list(tune_space.diverse(space, own, tune_ops.OPS["matmul"].kind))
     assert spread[0] == own and set(spread) == {c.config for c in space} and len(spread) == len(space)
+
+
+@pytest.mark.parametrize(
+    ("op", "chip"), [("conv", "v6e"), ("conv", "v7x"), ("ragged", "v5e"), ("ragged", "v7x")]
+)
+def test_other_ops_are_searched_and_their_tables_are_taken(op, chip, files, capsys):
+    """With a price list: the winner is written, looked up by dispatch, and verified."""
+    scheme = {"conv": "w8a8_static", "ragged": "w4a16_g128"}[op]
+    cells, left_out = tune_ops.layer_cells(op, [chip], [scheme], ["canonical"])
+    (search,), refused = tune_search.searches(cells, 6, op)
+    assert not left_out and not refused and len({*search.planned()}) == 7
+    us = lambda config: 100.0 if config == search.heuristic else 50.0
+
+    def price(cells):
+        for index, cell in enumerate(cells):
+            config = type(search.heuristic)(**json.loads(cell.config))
+            yield index, answer(cell, us(config), floor=10.0)
+
+    tune.run([search], price)
+    assert len(search.answers) == 7 and tune.write([search], None, False)
+    table = files / "packaged"
+    got = dispatch.explain(search.problem, chip, implementation="mosaic_tpu")
+    assert (got.config, got.config_source) == (search.best, "packaged")
+    tune_report.show([search])
+    assert tune_verify.verify([chip], lambda c: table / f"{c.name}.json", price) == 0
+    assert "1 entries, 0 have lost" in capsys.readouterr().out
 
 
 def test_the_first_guesses_differ_in_kind():
@@ -104,10 +130,10 @@ def test_the_first_guesses_differ_in_kind():
 
 
 def test_neighbours_differ_by_one_step():
-    space = search_of()._space
+    space, sizes = search_of()._space, ("block_m", "block_n", "block_k")
     for config in [c.config for c in space[:20]]:
-        for near in tune_space.neighbours(space, config):
-            assert sum(getattr(near, f) != getattr(config, f) for f in ("block_m", "block_n", "block_k")) == 1
+        for near in tune_space.neighbours(space, config, sizes):
+            assert sum(getattr(near, f) != getattr(config, f) for f in sizes) == 1
 
 
 def test_a_search_follows_the_prices_downhill():
@@ -307,10 +333,10 @@ def test_the_packaged_table_holds_what_it_should(chip):
     assert set(tuning_files.load(path)) == {tune_search.IMPLEMENTATION}
     for entry in tune_verify.entries(chip, path):
         if entry.tuned:
-            parsed = tuning_files.parse_key(entry.key)
-            sizes = (parsed.m, parsed.k, parsed.n, parsed.batch)
-            problem = problems.problem(shapes.scheme(entry.fields["scheme"]), *sizes)
-            tpu_estimate.estimate(problem, spec, Config(**entry.fields["config"]))
+            problem = entry.op.problem(entry.tuned)
+            found = dispatch.explain(problem, spec, implementation=tune_search.IMPLEMENTATION)
+            own = dict(found.config.__dict__) if found.config_source == "packaged" else {}
+            assert own and own.items() >= entry.fields["config"].items(), entry.key
             assert entry.fields["static_us"] <= tune_search.WINS * entry.fields.get("heuristic_us", 1e9)
 
 
@@ -338,6 +364,17 @@ def test_a_real_search(files):
     assert list(table) == [key] and table[key]["heuristic_us"] > 0
 
 
+@pytest.mark.large
+@pytest.mark.parametrize(("op", "scheme"), [("conv", "w8a8_static"), ("ragged", "w8a8")])
+def test_a_real_search_of_another_op(files, op, scheme):
+    done = command(
+        *("--op", op, "--chip", "v6e", "--scheme", scheme, "--model", "canonical", "--candidates", "1"),
+        *("--out", str(files), "--cache", ""),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "(heuristic)" in done.stderr and "x the floor" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -346,6 +383,9 @@ def test_a_real_search(files):
         (["--model", "gpt"], "Unknown model 'gpt'; models: canonical"),
         (["--k", "128"], "Give --k and --n, or --model"),
         (["--m", "few"], "whole numbers, got few"),
+        (["--op", "conv", "--m", "16"], "--op conv tunes layers of models; leave out --m"),
+        (["--op", "conv", "--model", "gpt"], "Unknown model 'gpt'; models with conv: canonical, resnet50"),
+        (["--op", "conv", "--scheme", "w4a4"], "Unknown scheme 'w4a4' of conv"),
         (["--candidates", "0"], "candidates"),
         (["extra"], "Unexpected arguments: extra"),
     ],

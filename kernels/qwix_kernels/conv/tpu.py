@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -95,6 +96,17 @@ def heuristic_config(problem: ConvProblem, chip: Chip) -> Config:
     if is_matmul(problem, chip):
         return Config("matmul")
     return config_of(best(_planar(problem), chip))
+
+
+def configs(problem: ConvProblem, chip: Chip) -> Iterator[Config]:
+    """All that may be tried: both kernels where there are two, and their blocks."""
+    if problem.is_depthwise:
+        yield Config("depthwise")
+        return
+    if tpu_pointwise.takes(problem, chip):
+        yield Config("matmul")
+    if problem.features >= _LEAST_FEATURES:
+        yield from map(config_of, fitting(_planar(problem), chip))
 
 
 def config_of(plan: Plan) -> Config:

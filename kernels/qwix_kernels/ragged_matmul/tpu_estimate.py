@@ -64,6 +64,11 @@ def estimate(problem: GmmProblem, chip: Chip, config: Config) -> Estimate:
     return Estimate(compute, memory, static, max(cost.gmm_floor(problem, chip)), note)
 
 
+def configs(problem: GmmProblem, chip: Chip) -> Iterator[Config]:
+    """All blocks that may be tried."""
+    return (config for config, _ in _fitting(problem, chip))
+
+
 def _us(plan: GmmPlan, chip: Chip) -> float:
     """As `estimate`, with the first fetch and the last store, which nothing overlaps."""
     p, m = plan.problem.product, plan.matmul
