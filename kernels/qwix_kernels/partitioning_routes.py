@@ -99,6 +99,33 @@ def plan_of_types(layout: Layout, avals: Sequence[Any], wanted: PartitionSpec | 
     return make_plan(layout, sizes, [a.sharding.spec for a in avals], None if wanted is None else [wanted])
 
 
+def layout_of(x: jax.Array) -> PartitionSpec | None:
+    """How an array is laid out, where its type says it; a gradient of it is laid out alike."""
+    aval = jax.typeof(x)
+    return None if explicit_mesh([aval]) is None else aval.sharding.spec
+
+
+def placed(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+    """The array laid out so, where types say how arrays are laid out."""
+    mesh = explicit_mesh([jax.typeof(x)])
+    if spec is None or mesh is None or jax.typeof(x).sharding.spec == spec:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+
+def laid_out_alike(gradients: Any, of: Any) -> Any:
+    """Gradients laid out as what they are of. Either is a tree of dataclasses, with None for no array."""
+    if gradients is None or of is None:
+        return gradients
+    if isinstance(of, tuple | list):
+        return type(of)(laid_out_alike(d, x) for d, x in zip(gradients, of, strict=True))
+    if dataclasses.is_dataclass(of):
+        fields = {f.name: getattr(gradients, f.name) for f in dataclasses.fields(gradients)}
+        new = {name: laid_out_alike(d, getattr(of, name)) for name, d in fields.items()}
+        return dataclasses.replace(gradients, **new)
+    return placed(gradients, layout_of(of)) if isinstance(of, jax.Array) else gradients
+
+
 def lower(ctx: mlir.LoweringRuleContext, args: Sequence[Any], make: Callable[[], Op]) -> Any:
     """The op in shards; None where the program isn't cut, or can't be here."""
     if is_explicit(ctx.avals_in):

@@ -22,6 +22,7 @@ from qwix_kernels.conv.describe import problem_of
 from qwix_kernels.conv.problem import NO_EXTRAS, ConvExtras, ConvProblem
 from qwix_kernels.matmul.describe import as_tensor
 from qwix_kernels.matmul.primitive import vary_alike
+from qwix_kernels.partitioning_routes import laid_out_alike
 from qwix_kernels.problem import RowQuantize, Tensor
 
 __all__ = ["conv", "problem_of"]
@@ -144,7 +145,8 @@ def _backward(problem: ConvProblem, how: _How, saved: Any, g: list[jax.Array]):
     dx, dw = pull(dz.astype(dtype))
     dlhs = Tensor(dx.astype(lhs.values.dtype)) if _is_float(lhs) else None
     drhs = Tensor(dw.astype(rhs.values.dtype)) if _is_float(rhs) else None
-    return dlhs, drhs, ConvExtras(bias=None if dbias is None else dbias.astype(extras.bias.dtype))
+    grads = dlhs, drhs, ConvExtras(bias=None if dbias is None else dbias.astype(extras.bias.dtype))
+    return laid_out_alike(grads, saved)
 
 
 def _float_of(x: Tensor) -> str:

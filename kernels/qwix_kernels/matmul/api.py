@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwix_kernels.lowering import How
+from qwix_kernels.lowering import How, spec_of
 from qwix_kernels.matmul import gradient, primitive
 from qwix_kernels.matmul.describe import as_tensor, problem_of
+from qwix_kernels.partitioning_routes import laid_out_alike, placed
 from qwix_kernels.problem import Extras, MatmulProblem, RowQuantize, Tensor
 
 __all__ = ["matmul", "problem_of"]
@@ -38,6 +39,7 @@ def matmul(
     quantize_out: RowQuantize | None = None,
     implementation: str | Sequence[str] | None = None,
     config: Any = None,
+    out_sharding: Any = None,
 ) -> Any:
     """lhs [batch, M, K] times rhs [batch, K, N], either of them quantized, and what is fused round it.
 
@@ -65,6 +67,7 @@ def matmul(
       implementation: None takes the best that runs ("mosaic_tpu" on a TPU, "xla" anywhere) and never fails; a
         name or several names are used in that order, or raise.
       config: block sizes of the implementation; None looks them up (see `qwix_kernels.tuning`).
+      out_sharding: of the result, under a mesh with explicit axes. None: batch and M as in lhs, N as in rhs.
 
     Returns: [batch, M, N] in `out_dtype`; with `quantize_out` a `Tensor` of that shape and its scales,
       [batch, M, tiles] (or `extras.out_scale`, if they are static).
@@ -94,12 +97,14 @@ def matmul(
         quantize_out=quantize_out,
     )
     names = (implementation,) if isinstance(implementation, str) else implementation
-    how = How(None if names is None else tuple(names), config)
+    spec = None if out_sharding is None else spec_of(out_sharding)
+    how = How(None if names is None else tuple(names), config, out=spec)
     primitive.check_names(problem, how)
     given = as_tensor(lhs), as_tensor(rhs), extras or Extras()
     left, right, more = primitive.vary_alike(jax.tree.map(jnp.asarray, given))
     more = jax.tree.map(lambda x: x[None, None] if x.ndim == 1 else x, more)
     out = _matmul(problem, how, left, right, more)
+    out[0] = placed(out[0], spec)
     if quantize_out is None:
         return out[0]
     return Tensor(out[0], more.out_scale if quantize_out.static else out[1])
@@ -120,7 +125,7 @@ def _forward(problem: MatmulProblem, how: How, lhs: Tensor, rhs: Tensor, extras:
 
 
 def _backward(problem: MatmulProblem, how: How, saved: primitive.Operands, g: list[jax.Array]):
-    return gradient.backward(problem, how, matmul, saved, g[0])
+    return laid_out_alike(gradient.backward(problem, how, matmul, saved, g[0]), saved)
 
 
 _matmul.defvjp(_forward, _backward)

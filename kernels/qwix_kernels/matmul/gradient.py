@@ -22,10 +22,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from qwix_kernels.lowering import How, explicit_axes
 from qwix_kernels.matmul import elementwise
 from qwix_kernels.matmul.primitive import Operands
+from qwix_kernels.partitioning_routes import layout_of
 from qwix_kernels.problem import Epilogue, Extras, MatmulProblem, Tensor
 
 Matmul = Callable[..., Any]
@@ -40,6 +42,7 @@ def backward(problem: MatmulProblem, how: How, matmul: Matmul, saved: Operands, 
     dlhs = drhs = None
     if is_float(lhs):
         turned, scaling = _turned_low_rank(problem, extras)
+        own = _layout_of(lhs, rhs)
         dy = again(
             dz,
             rhs,
@@ -47,6 +50,7 @@ def backward(problem: MatmulProblem, how: How, matmul: Matmul, saved: Operands, 
             rhs_transposed=not problem.rhs_transposed,
             out_dtype=_dtype_of_rows(problem),
             low_rank_scaling=scaling,
+            out_sharding=own,
         )
         if dgate is not None:
             dy = again(
@@ -55,6 +59,7 @@ def backward(problem: MatmulProblem, how: How, matmul: Matmul, saved: Operands, 
                 Extras(residual=dy),
                 rhs_transposed=not problem.rhs_transposed,
                 out_dtype=_dtype_of_rows(problem),
+                out_sharding=own,
             )
         if problem.norm is None:
             dx = dy
@@ -76,7 +81,10 @@ def backward(problem: MatmulProblem, how: How, matmul: Matmul, saved: Operands, 
         used = elementwise.prepare(problem, lhs, extras)
 
         def of_weight(d: jax.Array, w: Tensor) -> Tensor:
-            d = again(d.mT, used, out_dtype=w.values.dtype)  # [batch, N, K]
+            own = _layout_of(w, lhs)
+            if own is not None and not problem.rhs_transposed:
+                own = PartitionSpec(own[0], own[2], own[1])
+            d = again(d.mT, used, out_dtype=w.values.dtype, out_sharding=own)  # [batch, N, K]
             return Tensor(sum_to(d if problem.rhs_transposed else d.mT, w.shape, w.values.dtype))
 
         drhs = of_weight(dz, rhs)
@@ -84,6 +92,16 @@ def backward(problem: MatmulProblem, how: How, matmul: Matmul, saved: Operands, 
             assert extras.gate is not None
             dextras = dataclasses.replace(dextras, gate=of_weight(dgate, extras.gate))
     return dlhs, drhs, dextras
+
+
+def _layout_of(x: Tensor, other: Tensor) -> PartitionSpec | None:
+    """How the gradient of x is laid out; one that serves all batches is summed over them afterwards."""
+    own, batch = layout_of(x.values), layout_of(other.values)
+    if own is None or batch is None or x.shape[0] >= other.shape[0]:
+        return own
+    taken = {axis for entry in own for axis in (entry if isinstance(entry, tuple) else (entry,))}
+    axes = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
+    return PartitionSpec(tuple(a for a in axes if a and a not in taken) or None, *own[1:])
 
 
 def _through_epilogue(

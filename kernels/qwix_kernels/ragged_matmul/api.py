@@ -17,6 +17,7 @@ from qwix_kernels import dispatch
 from qwix_kernels.lowering import How
 from qwix_kernels.matmul.describe import as_tensor
 from qwix_kernels.matmul.primitive import vary_alike
+from qwix_kernels.partitioning_routes import laid_out_alike
 from qwix_kernels.problem import Extras, RowQuantize, Tensor
 from qwix_kernels.ragged_matmul import gradient, primitive
 from qwix_kernels.ragged_matmul.describe import gmm_problem_of, tgmm_problem_of
@@ -155,7 +156,7 @@ def _gmm_forward(problem: GmmProblem, how: How, *operands: Any):
 
 
 def _gmm_backward(problem: GmmProblem, how: How, saved: Any, g: jax.Array):
-    return gradient.of_gmm(problem, how, _gmm, _tgmm, saved, g)
+    return laid_out_alike(gradient.of_gmm(problem, how, _gmm, _tgmm, saved, g), saved)
 
 
 _gmm.defvjp(_gmm_forward, _gmm_backward)
@@ -171,7 +172,7 @@ def _tgmm_forward(problem: TgmmProblem, how: How, *operands: Any):
 
 
 def _tgmm_backward(problem: TgmmProblem, how: How, saved: Any, g: jax.Array):
-    return gradient.of_tgmm(problem, how, _gmm, saved, g)
+    return laid_out_alike(gradient.of_tgmm(problem, how, _gmm, saved, g), saved)
 
 
 _tgmm.defvjp(_tgmm_forward, _tgmm_backward)

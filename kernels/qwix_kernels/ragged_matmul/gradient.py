@@ -16,10 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from qwix_kernels.lowering import How
 from qwix_kernels.matmul import elementwise
 from qwix_kernels.matmul.gradient import is_float, sum_to
+from qwix_kernels.partitioning_routes import layout_of
 from qwix_kernels.problem import Epilogue, Extras, MatmulProblem, Operand, Tensor
 from qwix_kernels.ragged_matmul.groups import alive
 from qwix_kernels.ragged_matmul.problem import GmmProblem, Groups, TgmmProblem
@@ -38,9 +40,11 @@ def of_gmm(
     dlhs = drhs = None
     if is_float(lhs):
         dtype = "float32" if p.norm or dgate is not None else p.lhs.dtype
-        dy = gmm(*_turned(problem, how, dz, rhs, dtype), groups)
+        own = layout_of(lhs.values)
+        back = dataclasses.replace(how, out=own and PartitionSpec(*own[1:]))
+        dy = gmm(*_turned(problem, back, dz, rhs, dtype), groups)
         if dgate is not None:
-            dy = dy + gmm(*_turned(problem, how, dgate, extras.gate, dtype), groups)
+            dy = dy + gmm(*_turned(problem, back, dgate, extras.gate, dtype), groups)
         dx = dy[None]
         if p.norm is not None:
             wide = jnp.promote_types(lhs.values.dtype, jnp.float32)
@@ -132,7 +136,8 @@ def _of_weight(
     """
     p = problem.product
     if used.scale is not None and used.scale.shape[2] == 1 and used.zero_point is None and not used.codebook:
-        scale = jnp.repeat(used.scale[0], p.m // used.scale.shape[1], axis=0)
+        each = p.m // used.scale.shape[1]
+        scale = used.scale[0] if each == 1 else jnp.repeat(used.scale[0], each, axis=0)
         d, used = (d.astype(jnp.float32) * scale).astype(d.dtype), Tensor(used.values)
     elif used.scale is not None or used.codebook:
         used = Tensor(_dequantized(used, d.dtype))
@@ -153,7 +158,7 @@ def _of_weight(
     left, right = (Tensor(d[None]), used) if p.rhs_transposed else (used, Tensor(d[None]))
     if p.rhs_transposed:
         one = dataclasses.replace(one, k=p.n, n=p.k, lhs=one.g, g=one.lhs)
-    return Tensor(tgmm(one, how, left, right, groups))
+    return Tensor(tgmm(one, dataclasses.replace(how, out=layout_of(w.values)), left, right, groups))
 
 
 def _dequantized(x: Tensor, dtype: Any) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
 from jax.typing import DTypeLike
 from qwix_kernels import matmul as matmul_kernel
 from qwix_kernels.problem import Extras, MatmulProblem, RowQuantize, Tensor
@@ -119,7 +120,7 @@ def dot_general(
         return jax.lax.dot_general(
             lhs, rhs, numbers, precision, preferred_element_type, out_sharding=out_sharding
         )
-    if out_sharding is not None:
+    if out_sharding is not None and not _keeps_layout(lhs, rhs, plan, act_how, act_columns, out_sharding):
         dot = lambda lhs, rhs: dot_general(lhs, rhs, numbers, implementation=implementation, **options)
         return explicit_mesh.laid_out(dot, out_sharding)(lhs, rhs)
     if implementation is not None and plan.kind != "kernel":
@@ -135,7 +136,35 @@ def dot_general(
             return out
     if plan.kind == "dequantize":
         return _dequantized(lhs, rhs, numbers, plan, precision)
-    return _kernel(lhs, rhs, dataclasses.replace(plan, rows=rows), precision, implementation, extras)
+    plan = dataclasses.replace(plan, rows=rows)
+    return _kernel(lhs, rhs, plan, precision, implementation, extras, out_sharding)
+
+
+def _keeps_layout(
+    lhs: Operand, rhs: Operand, plan: Plan, act_how: HowToQuantize | None, columns: Any, out_sharding: Any
+) -> bool:
+    """Whether operands and result merge to matrices as they are laid out: the op then lays out itself."""
+    plain = act_how is None or (plan.rows is not None and act_how.noise_fn is None and columns is None)
+    if plan.kind != "kernel" or not plain:
+        return False
+    mesh = next((s.mesh for x in (lhs, rhs) if (s := explicit_mesh.sharding_of(_values(x)))), None)
+    if mesh is None:
+        return False
+    for x, of in ((lhs, plan.lhs), (rhs, plan.rhs)):
+        groups = [(0,), (1,), (2,)] if isinstance(x, TransposedQArray) else of.groups
+        values = jax.typeof(_values(x))
+        if AxisType.Explicit in values.sharding.mesh.axis_types and not explicit_mesh.leads(values, groups):
+            return False
+    counts = len(plan.lhs.batch), len(plan.lhs.free), len(plan.rhs.free)
+    ends = [sum(counts[: i + 1]) for i in range(3)]
+    groups = [range(end - n, end) for end, n in zip(ends, counts, strict=True)]
+    spec = getattr(out_sharding, "spec", out_sharding)
+    result = jax.ShapeDtypeStruct(plan.out_shape, plan.result, sharding=NamedSharding(mesh, spec))
+    return explicit_mesh.leads(result, groups)
+
+
+def _values(x: Operand) -> jax.Array:
+    return x if isinstance(x, jax.Array) else x.qvalue
 
 
 def _scaled(x: jax.Array, columns: jax.Array) -> jax.Array:
@@ -209,6 +238,7 @@ def _kernel(
     precision: Any,
     implementation: str | Sequence[str] | None,
     extras: Extras | None,
+    out_sharding: Any = None,
 ) -> jax.Array:
     left, right = _tensor(lhs, plan.lhs, "lhs"), _tensor(rhs, plan.rhs, "rhs")
     out = matmul_kernel.matmul(
@@ -220,8 +250,21 @@ def _kernel(
         out_dtype=_kernel_dtype(left, right, plan),
         precision=precision,
         implementation=implementation,
+        out_sharding=_merged(out_sharding, plan),
     )
-    return out.reshape(plan.out_shape).astype(plan.result)
+    out = explicit_mesh.reshape(out, plan.out_shape).astype(plan.result)
+    return out if out_sharding is None else jax.sharding.reshard(out, out_sharding)
+
+
+def _merged(out_sharding: Any, plan: Plan) -> Any:
+    """How the kernel's result, [batch, M, N], is laid out for a dot's that is to be `out_sharding`."""
+    if out_sharding is None:
+        return None
+    of = NamedSharding(jax.sharding.get_abstract_mesh(), getattr(out_sharding, "spec", out_sharding))
+    n = math.prod(plan.rhs.shape[a] for a in plan.rhs.free)
+    batch = math.prod(plan.lhs.shape[a] for a in plan.lhs.batch)
+    m = math.prod(plan.lhs.shape[a] for a in plan.lhs.free)
+    return explicit_mesh.reshaped(of, plan.out_shape, (batch, m, n)).spec
 
 
 def _kernel_dtype(left: Tensor, right: Tensor, plan: Plan) -> np.dtype:

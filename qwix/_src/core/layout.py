@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qwix._src.core import explicit_mesh
+
 
 def canonical_axis(axis: int, ndim: int) -> int:
     """The axis counted from the front. Raises ValueError when there's no such axis.
@@ -88,9 +90,9 @@ def transpose_array(x: jax.Array, transpose: Sequence[int | None]) -> jax.Array:
     moving = [a for a in used if x.shape[a] != 1]
     target = [1 if a is None else x.shape[a] for a in transpose]
     if moving != sorted(moving):
-        squeezed = x.reshape([x.shape[a] for a in sorted(moving)])
+        squeezed = explicit_mesh.reshape(x, [x.shape[a] for a in sorted(moving)])
         x = squeezed.transpose([sorted(moving).index(a) for a in moving])
-    return x.reshape(target)
+    return explicit_mesh.reshape(x, target)
 
 
 def call_with_generic_broadcast(op: Callable[..., Any], x: jax.Array, y: jax.Array) -> jax.Array:

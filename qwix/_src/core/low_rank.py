@@ -160,7 +160,7 @@ def dot_general_low_rank(
             low_rank_scaling=low_rank.scaling,
             implementation=implementation,
         )
-        return out.reshape(plan.out_shape)
+        return explicit_mesh.reshape(out, plan.out_shape)
     options["preferred_element_type"] = jnp.promote_types(plan.result, jnp.float32)
     base = _dot.dot_general(lhs, rhs, numbers, implementation=implementation, **options)
     return (base + low_rank_delta(lhs, low_rank, numbers, precision=precision)).astype(plan.result)
@@ -181,8 +181,8 @@ def _extras(extras: Extras, low_rank: LowRank, numbers: DotDimensionNumbers, pla
         mask = mask.reshape(1 if shared else batch, -1, rank)
     return dataclasses.replace(
         extras,
-        low_rank_a=a.reshape(batch, -1, rank),
-        low_rank_b=low_rank.b.reshape(batch, rank, -1),
+        low_rank_a=explicit_mesh.reshape(a, (batch, math.prod(a.shape[count:-1]), rank)),
+        low_rank_b=explicit_mesh.reshape(low_rank.b, (batch, rank, math.prod(low_rank.b.shape[count + 1 :]))),
         low_rank_mask=mask,
     )
 

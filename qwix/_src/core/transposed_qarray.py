@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from qwix_kernels.problem import Tensor
 
-from qwix._src.core import layout, numerics, qarray
+from qwix._src.core import explicit_mesh, layout, numerics, qarray
 
 DotDimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 Side = Literal["lhs", "rhs"]
@@ -72,7 +72,7 @@ class Layout:
         if x.shape != self.shape:
             x = layout.broadcast_array(x, self.mergeable(x.shape))
         sizes = [math.prod(x.shape[a] for a in group) for group in self.groups]
-        return layout.transpose_array(x, self.order).reshape(sizes)
+        return explicit_mesh.reshape(layout.transpose_array(x, self.order), sizes)
 
     def split(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Undoes `merge` for an array that had `shape`."""
