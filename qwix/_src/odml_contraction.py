@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,24 +14,34 @@ from jax._src import core as jcore
 
 from qwix._src import qconfig
 from qwix._src.odml_graph import Act, Node
-from qwix._src.odml_plan import Plan, Step, feature_axes
+from qwix._src.odml_plan import Step, feature_axes
 
 
-def fused(
-    head: Node, step: Step, args: Sequence[Any], rest: Sequence[Node], plan: Plan, quantizer: Any
-) -> Any:
+def fused(head: Node, step: Step, args: Sequence[Any], rest: Sequence[Node], values: Any) -> Any:
     """The contraction `head` of args, its activations quantized already, and the ops `rest` after it."""
     side = weight_side(head)
-    x, weight, rule = args[1 - side], args[side], step.rule
-    ndim = len(head.outs[0].shape)
-    axes = feature_axes(head)
-    factor, bias, last = None, None, []
+    weight = jnp.asarray(args[side])
+    axes, ndim = feature_axes(head), len(head.outs[0].shape)
+    factor, bias = _folded(rest, ndim, values)
+    if factor is not None:
+        weight = weight * _on_weight(head, factor, axes, weight).astype(weight.dtype)
+    out = _contract(head, step, args[1 - side], weight, bias, values)
     for node in rest:
-        if plan.steps[node].spec.is_activation:
-            last.append(node)
-            continue
+        if values.plan.steps[node].spec.is_activation:
+            given = [out if isinstance(a, Act) else values.read(a, None) for a in node.args]
+            (out,) = values.form(node, given)
+    return out
+
+
+def _folded(rest: Sequence[Node], ndim: int, values: Any) -> tuple[Any, Any]:
+    """The factor and the bias, of the result's rank, that the arithmetic among `rest` is; or None."""
+    factor = bias = None
+    for node in rest:
+        if values.plan.steps[node].spec.is_activation:
+            break
         which = next(i for i, a in enumerate(node.args) if isinstance(a, Act))
-        c = _rank(node.args[1 - which], ndim)
+        c = jnp.asarray(values.read(node.args[1 - which], None))
+        c = c if c.ndim == ndim else c.reshape((1,) * ndim)
         if node.op in ("mul", "div"):
             c = 1 / c if node.op == "div" else c
             factor = c if factor is None else factor * c
@@ -41,53 +52,99 @@ def fused(
         else:
             c = -c if node.op == "sub" else c
             bias = c if bias is None else bias + c
-    if factor is not None:
-        weight = weight * on_weight(head, factor, axes, weight).astype(weight.dtype)
-    out = _contract(head, step, x, weight, rule, side, quantizer)
-    if bias is not None:
-        out = out + bias.astype(out.dtype)
-    for node in last:
-        given = [out if isinstance(a, Act) else a for a in node.args]
-        (out,) = node.compute(*given)
-    return out
-
-
-def _rank(c: Any, ndim: int) -> Any:
-    return c if jnp.ndim(c) == ndim else jnp.reshape(c, (1,) * ndim)
+    return factor, bias
 
 
 def weight_side(head: Node) -> int:
+    """Which arg of a contraction does not depend on the inputs."""
     return 1 if isinstance(head.args[0], Act) else 0
 
 
-def on_weight(head: Node, factor: Any, axes: Sequence[int], weight: Any) -> Any:
-    """A factor for each feature of the result, shaped to multiply the weight."""
-    side = weight_side(head)
+def _free_axes(head: Node, weight: Any) -> list[int]:
+    """The axes of the weight that are features of the result."""
     if head.op == "conv_general_dilated":
-        where = [head.params["dimension_numbers"].rhs_spec[0]]
-    else:
-        (contract, batch) = head.params["dimension_numbers"]
-        where = [a for a in range(weight.ndim) if a not in (*contract[side], *batch[side])]
+        return [head.params["dimension_numbers"].rhs_spec[0]]
+    side = weight_side(head)
+    contract, batch = head.params["dimension_numbers"]
+    return [a for a in range(weight.ndim) if a not in (*contract[side], *batch[side])]
+
+
+def _on_weight(head: Node, factor: Any, axes: Sequence[int], weight: Any) -> Any:
+    """A factor for each feature of the result, shaped to multiply the weight."""
     shape = [1] * weight.ndim
-    for axis, at in zip(axes, where, strict=True):
+    for axis, at in zip(axes, _free_axes(head, weight), strict=True):
         shape[at] = factor.shape[axis]
     return jnp.reshape(factor, shape)
 
 
-def _contract(head: Node, step: Step, x: Any, weight: Any, rule: Any, side: int, quantizer: Any) -> Any:
-    qtype = rule.weight_qtype
-    axis = None
-    if qtype is not None:
-        if head.op == "conv_general_dilated":
-            axis = head.params["dimension_numbers"].rhs_spec[0]
-        else:
-            (contract, batch) = head.params["dimension_numbers"]
-            where = [a for a in range(weight.ndim) if a not in (*contract[side], *batch[side])]
-            axis = where[0] if len(where) == 1 else None
-        scale = quantizer.of_weight(weight, qtype, rule.weight_calibration_method, axis)
-        weight = quantizer.apply(weight, scale)
-    args = [x, weight] if side == 1 else [weight, x]
-    return head.compute(*args)[0]
+def _contract(head: Node, step: Step, x: Any, weight: Any, bias: Any, values: Any) -> Any:
+    if head.op == "dot_general" and not any(head.params["dimension_numbers"][1]):
+        return _dense(head, step, x, weight, bias, values)
+    free = _free_axes(head, weight)
+    weight = quantized_weight(weight, step.rule, free[0] if len(free) == 1 else None, values)
+    if head.op == "conv_general_dilated":
+        out = _convolution(head, step, x, weight, values)
+    else:
+        out = head.compute(*((x, weight) if weight_side(head) else (weight, x)))[0]
+    return out if bias is None else out + bias.astype(out.dtype)
+
+
+def quantized_weight(weight: Any, rule: Any, axis: int | None, values: Any) -> Any:
+    """A weight as its rule says, with a scale for each index of an axis."""
+    if rule.weight_qtype is None:
+        return weight
+    axis = None if values.call.provider.disable_per_channel_weights else axis
+    scale = values.quantizer.of_weight(weight, rule.weight_qtype, rule.weight_calibration_method, axis)
+    return values.quantizer.apply(weight, scale)
+
+
+def _dense(head: Node, step: Step, x: Any, weight: Any, bias: Any, values: Any) -> Any:
+    """A product with a matrix, which LiteRT has: [.., contracted] by [contracted, features]."""
+    side, (contract, _) = weight_side(head), head.params["dimension_numbers"]
+    free = _free_axes(head, weight)
+    of_x = [a for a in range(x.ndim) if a not in contract[1 - side]]
+    k = math.prod(weight.shape[a] for a in contract[side])
+    sizes, rows = [weight.shape[a] for a in free], [x.shape[a] for a in of_x]
+    matrix = weight.transpose((*contract[side], *free)).reshape((k, math.prod(sizes)))
+    x = values.moved(x.transpose((*of_x, *contract[1 - side])), step, 1 - side)
+    x = values.moved(x.reshape((*(rows or [1]), k)), step, 1 - side)
+    matrix = quantized_weight(matrix, step.rule, 1, values)
+    options = {key: head.params[key] for key in ("precision", "preferred_element_type")}
+    if values.call.converts:
+        options["preferred_element_type"] = None
+    out = lax.dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), **options)
+    if bias is not None:
+        out = out + bias.reshape((1,) * (out.ndim - 1) + (-1,)).astype(out.dtype)
+    out = out if rows and len(free) == 1 else out.reshape((*rows, *sizes))
+    n = len(rows)
+    return out if side == 1 or not n else out.transpose((*range(n, out.ndim), *range(n)))
+
+
+def _convolution(head: Node, step: Step, x: Any, weight: Any, values: Any) -> Any:
+    """LiteRT's transposed convolutions have one padding only: zeros between the inputs are for all."""
+    dilation, spec = head.params["lhs_dilation"], head.params["dimension_numbers"].lhs_spec
+    if all(d == 1 for d in dilation):
+        return head.compute(x, weight)[0]
+    edges = [(0, 0, 0)] * x.ndim
+    for axis, d in zip(spec[2:], dilation, strict=True):
+        edges[axis] = (0, 0, d - 1)
+    for axis, edge in enumerate(edges):
+        if edge[2]:
+            x = _spread(x, axis, edge[2], step, values)
+    params = {**head.params, "lhs_dilation": (1,) * len(dilation)}
+    if values.call.converts:
+        params["preferred_element_type"] = None
+    return lax.conv_general_dilated_p.bind(x, weight, **params)
+
+
+def _spread(x: Any, axis: int, zeros: int, step: Step, values: Any) -> Any:
+    """x with zeros between its elements along an axis: an edge of another axis, in a reshape."""
+    shape, n = x.shape, x.shape[axis]
+    x = values.moved(x.reshape((*shape[: axis + 1], 1, *shape[axis + 1 :])), step, 0)
+    wide = [(0, zeros if a == axis + 1 else 0, 0) for a in range(x.ndim)]
+    x = values.moved(lax.pad(x, jnp.zeros((), x.dtype), wide), step, 0)
+    x = values.moved(x.reshape((*shape[:axis], n * (zeros + 1), *shape[axis + 1 :])), step, 0)
+    return values.moved(lax.slice_in_dim(x, 0, n * (zeros + 1) - zeros, axis=axis), step, 0)
 
 
 def nested(call: Any, node: Node, args: Sequence[Any], layer: tuple[Any, ...]) -> list[Any]:
@@ -105,8 +162,9 @@ def nested(call: Any, node: Node, args: Sequence[Any], layer: tuple[Any, ...]) -
         restart()
         outer, call.emitted = call.emitted, {}
         try:
+            avals = [t for t, flag in zip(jaxpr.in_avals, flags, strict=True) if flag]
             inputs = [value for value, flag in zip(values, flags, strict=True) if flag]
-            outs = call.run(evaluate, inputs, around=node.place, layer=layer)
+            outs = call.run(evaluate, inputs, around=node.place, avals=avals, layer=layer)
             return outs, call.emitted
         finally:
             call.emitted = outer

@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax._src import core as jcore
 
 from qwix._src import odml_contraction, odml_graph, odml_patterns
 from qwix._src.odml_graph import Act, GraphTrace, Node, Value
+from qwix._src.odml_inner import NodeInner
 from qwix._src.odml_place import Place
 from qwix._src.odml_plan import Plan, Request, Step
 from qwix._src.odml_quantizers import Scale
@@ -52,6 +54,7 @@ class Call:
         *,
         output_op: str | None = None,
         around: Place | None = None,
+        avals: Sequence[Any] | None = None,
         layer: tuple[Any, ...] = (),
         leaked: Callable[[], tuple[list[Any], Callable[[list[Any]], None]]] | None = None,
     ) -> Any:
@@ -60,20 +63,15 @@ class Call:
         Args:
           output_op: what rules call its outputs, where these are the model's.
           around: the place of a program in a model.
+          avals: what the program takes its inputs for, which are arrays then.
           layer: the step of each scan around it.
           leaked: called after fn: values that it left elsewhere, and what puts computed ones there.
         """
         is_call = self.provider.is_call
         with jcore.take_current_trace() as parent:
-            trace = GraphTrace(parent, is_call, around, self.known, fold=self.converts)
+            trace = GraphTrace(parent, is_call, around, self.known, wide=self.converts)
             with jcore.set_current_trace(trace):
-                given = jax.tree.map(
-                    lambda x: trace.input(x) if is_array(x) else x, list(inputs), is_leaf=is_array
-                )
-                for act in jax.tree.leaves(given):
-                    if isinstance(act, Act):
-                        act.node.params = {"of_model": around is None}
-                out = fn(*given)
+                out = fn(*_inputs(trace, inputs, avals))
             left, put = leaked() if leaked else ([], lambda values: None)
             leaves, tree = jax.tree.flatten(out)
             folding = jax.ensure_compile_time_eval() if self.converts else contextlib.nullcontext()
@@ -102,6 +100,13 @@ class Call:
         return [*outs, *(values.read(o, None) for o in left)]
 
 
+def _inputs(trace: GraphTrace, inputs: Sequence[Any], avals: Sequence[Any] | None) -> list[Any]:
+    if avals is not None:
+        return [trace.input(x, aval) for x, aval in zip(inputs, avals, strict=True)]
+    mark = lambda x: trace.input(x, of_model=True) if is_array(x) else x
+    return jax.tree.map(mark, list(inputs), is_leaf=lambda x: is_array(x) or isinstance(x, nnx.Pytree))
+
+
 def is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray) and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
 
@@ -118,7 +123,7 @@ class Values:
     def read(self, x: Any, request: Request | None) -> Any:
         """An arg of an op, as it is or quantized."""
         if not isinstance(x, Act):
-            return x
+            return odml_graph.widened(x) if self.call.converts else x
         if request is None:
             return self.result(x.key)
         return self.fake_quant(x.key, request)
@@ -146,10 +151,41 @@ class Values:
         return list(done)
 
     def _needs(self, node: Node) -> list[Node]:
+        """The nodes whose own results this one reads."""
         step = self.plan.steps.get(node)
-        if step is not None and step.chain:
-            return [a.node for a in step.chain[0].args if isinstance(a, Act)]
-        return [a.node for a in node.args if isinstance(a, Act)]
+        if step is None:
+            return []
+        head = step.chain[0] if step.chain else node
+        reads = self.plan.steps[head].reads
+        found: list[Node] = []
+        for arg, request in zip(head.args, reads, strict=True):
+            if isinstance(arg, Act):
+                found += [arg.node] if request is None else self._sources(arg.key, request)
+        return found
+
+    def _sources(self, value: Value, request: Request) -> list[Node]:
+        """The nodes whose results a quantized value is made of."""
+        found, stack = [request.value[0]], [value]
+        while stack:
+            node, _ = stack.pop()
+            if node not in self.plan.steps or not self._hands_on((node, 0), request):
+                found.append(node)
+                continue
+            moved = self.plan.steps[node].spec.operands_of(node)
+            for i, arg in enumerate(node.args):
+                if isinstance(arg, Act):
+                    (stack if i in moved and odml_graph.is_float(arg) else found).append(
+                        arg.key if i in moved and odml_graph.is_float(arg) else arg.node
+                    )
+        return found
+
+    def _hands_on(self, value: Value, request: Request) -> bool:
+        """Whether a value is quantized by quantizing what its op moves."""
+        node = value[0]
+        step = self.plan.steps.get(node)
+        if step is None or step.spec.kind != "moves":
+            return False
+        return node is not request.value[0] or len(self.plan.moved(node)) > 1
 
     def _run(self, node: Node) -> list[Any]:
         step = self.plan.steps.get(node)
@@ -162,10 +198,21 @@ class Values:
             return odml_contraction.nested(self.call, node, args, self.layer)
         quantizes = any(read is not None for read in step.reads)
         args = [self._operand(node, i, quantizes) for i in range(len(node.args))]
-        return self._form(node, step, args)
+        return self.form(node, args) if quantizes else list(node.compute(*args))
 
-    def _form(self, node: Node, step: Step, args: list[Any]) -> list[Any]:
-        return list(node.compute(*args))
+    def form(self, node: Node, args: Sequence[Any]) -> list[Any]:
+        """An op that a rule quantizes, of what it reads, as LiteRT computes it."""
+        step = self.plan.steps[node]
+        if step.spec.form is None:
+            return list(node.compute(*args))
+        return list(step.spec.form(NodeInner(self, node, step), node.compute, node.params, *args))
+
+    def moved(self, x: Any, step: Step, side: int) -> Any:
+        """What is made of an arg by moving its values: in a converted program it says its scale again."""
+        request = step.reads[side]
+        if request is None or not self.call.converts:
+            return x
+        return self.quantizer.apply(x, self.scale(request))
 
     def _operand(self, node: Node, i: int, quantizes: bool) -> Any:
         """An arg of an op other than a contraction: constants beside quantized values are quantized too."""
@@ -173,11 +220,13 @@ class Values:
         if (
             isinstance(x, Act)
             or not quantizes
+            or step.spec.form is not None  # which quantizes its constants itself
             or i not in step.spec.operands_of(node)
             or not odml_graph.is_float(x)
         ):
             return self.read(x, step.reads[i])
         rule: Any = step.rule
+        x = jnp.asarray(self.read(x, None), node.outs[0].dtype if not self.call.converts else None)
         scale = self.quantizer.of_weight(x, rule.act_qtype, rule.act_calibration_method, None)
         return self.quantizer.apply(x, scale)
 
@@ -185,7 +234,7 @@ class Values:
         head, *rest = step.chain
         first = self.plan.steps[head]
         args = [self.read(a, r) for a, r in zip(head.args, first.reads, strict=True)]
-        return odml_contraction.fused(head, first, args, rest, self.plan, self.quantizer)
+        return odml_contraction.fused(head, first, args, rest, self)
 
     def fake_quant(self, value: Value, request: Request) -> Any:
         """A value, quantized; of what only moves values, what it moves."""
@@ -196,17 +245,13 @@ class Values:
 
     def _fake_quant(self, value: Value, request: Request) -> Any:
         node, index = value
-        step = self.plan.steps.get(node)
-        if (
-            step is None
-            or step.spec.kind != "moves"
-            or (value == request.value and len(self.plan.moved(node)) == 1)
-        ):
+        if not self._hands_on(value, request):
             x = self.result(value)
             if request.before is not None:
                 self.scale(request)
                 x = self.fake_quant(value, request.before)
             return self.quantizer.apply(x, self.scale(request))
+        step = self.plan.steps[node]
         moved = step.spec.operands_of(node)
         scale = self.scale(request)
         args = []
@@ -216,11 +261,15 @@ class Values:
             elif isinstance(arg, Act):
                 args.append(self.fake_quant(arg.key, request))
             else:
-                args.append(self.quantizer.apply(arg, scale))
-        out = node.compute(*args)[index]
+                args.append(arg if step.spec.form else self.quantizer.apply(arg, scale))
+        if step.spec.form is None:
+            out = node.compute(*args)[index]
+        else:
+            inner = NodeInner(self, node, step, scale, request.rule)
+            out = step.spec.form(inner, node.compute, node.params, *args)[index]
         return self.quantizer.apply(out, scale) if self.call.converts or step.spec.rounds else out
 
     def scale(self, request: Request) -> Scale:
         if request not in self.scales:
-            self.scales[request] = self.quantizer.of_request(request, self.result(request.value))
+            self.scales[request] = self.quantizer.of_request(request, lambda: self.result(request.value))
         return self.scales[request]

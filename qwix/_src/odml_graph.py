@@ -77,6 +77,13 @@ class Act(jcore.Tracer):
 Value = tuple[Node, int]
 
 
+def inner(x: Any, through: Sequence[str]) -> Any:
+    """What an Act is before ops of these names, each of one arg."""
+    while isinstance(x, Act) and x.node.op in through and isinstance(x.node.args[0], Act):
+        x = x.node.args[0]
+    return x
+
+
 def is_float(x: Any) -> bool:
     """Whether this is an array, or the type of one, of floats."""
     return jnp.issubdtype(getattr(x, "dtype", jnp.int32), jnp.floating)
@@ -85,27 +92,28 @@ def is_float(x: Any) -> bool:
 class GraphTrace(op_trace.OpTrace):
     """The trace that records. `known` maps ids of arrays to (array, what to take in its place)."""
 
-    __slots__ = ("around", "fold", "is_call", "known", "nodes")
+    __slots__ = ("around", "is_call", "known", "nodes", "wide")
 
     def __init__(
         self,
         parent: jcore.Trace,
-        is_call: Callable[[str], bool],
+        is_call: Callable[[str, Any], bool],
         around: Place | None,
         known: Mapping[int, tuple[Any, Any]],
         *,
-        fold: bool,
+        wide: bool,
     ):
         super().__init__(parent, None)  # type: ignore[arg-type]  # what it does it does itself
         self.nodes: list[Node] = []
         self.is_call = is_call
         self.around = around  # None: the model itself is running, and its frames say where we are
         self.known = known
-        self.fold = fold  # what does not depend on the inputs is computed now, even under jit
+        self.wide = wide  # halves are computed as float32
 
-    def input(self, x: Any) -> Act:
-        """An array as one that the graph depends on."""
-        node = Node("input", [], {}, [jcore.typeof(x)], lambda: [x], Place("", "", ""))
+    def input(self, x: Any, aval: Any = None, **params: Any) -> Act:
+        """An array as one that the graph depends on. `aval`: what the model's code takes it for."""
+        value = widened(x) if self.wide else x
+        node = Node("input", [], params, [aval or jcore.typeof(x)], lambda: [value], Place("", "", ""))
         return node.act(self)
 
     def process_primitive(self, primitive: Any, args: Sequence[Any], params: dict[str, Any], /) -> Any:
@@ -114,8 +122,10 @@ class GraphTrace(op_trace.OpTrace):
             return self._static(primitive, args, params)
         if primitive.name in op_search.JIT:
             return self._jit(primitive, args, params)
+        if primitive.name == "select_n" and (chosen := _chosen(args)) is not None:
+            return chosen
         outs, _ = primitive.abstract_eval(*map(jcore.typeof, args), **params)
-        bind = functools.partial(_bind, primitive, dict(params))
+        bind = self._binder(primitive, params)
         acts = self._record(primitive.name, args, params, outs, bind, several=primitive.multiple_results)
         return acts if primitive.multiple_results else acts[0]
 
@@ -132,7 +142,7 @@ class GraphTrace(op_trace.OpTrace):
             return self.bind(primitive, args, params)
         jaxpr, _ = self._traced(fun, args)
         op_trace._reset(fun)
-        return self._record(primitive.name, args, params, jaxpr.out_avals, _binder(primitive, params))
+        return self._record(primitive.name, args, params, jaxpr.out_avals, self._binder(primitive, params))
 
     def process_shard_map(self, primitive: Any, fun: Any, args: Sequence[Any], /, **params: Any) -> Any:
         if not any(isinstance(a, Act) for a in args):
@@ -141,6 +151,14 @@ class GraphTrace(op_trace.OpTrace):
             "shard_map inside of a model for ODML: LiteRT runs on one device. Leave it out."
         )
 
+    def _binder(self, primitive: Any, params: Mapping[str, Any]) -> Callable[..., list[Any]]:
+        if not self.wide:
+            return functools.partial(_bind, primitive, dict(params))
+        if any(True for _ in jcore.jaxprs_in_params(params)) or "subfuns" in params:
+            return functools.partial(_bind_narrow, primitive, dict(params))
+        wide = {k: jnp.dtype(jnp.float32) if _is_half(v) else v for k, v in params.items()}
+        return lambda *values: _bind(primitive, wide, *map(widened, values))
+
     def _traced(self, fun: Any, args: Sequence[Any]) -> tuple[jcore.Jaxpr, Sequence[Any]]:
         with jcore.set_current_trace(self.parent):
             jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(fun, [jcore.typeof(a) for a in args])
@@ -148,13 +166,15 @@ class GraphTrace(op_trace.OpTrace):
 
     def _jit(self, primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
         jaxpr = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
-        if self.is_call(params.get("name", "")):
-            return self._record(params["name"], args, params, jaxpr.out_avals, _binder(primitive, params))
+        if self.is_call(params.get("name", ""), jaxpr):
+            return self._record(
+                params["name"], args, params, jaxpr.out_avals, self._binder(primitive, params)
+            )
         with jcore.set_current_trace(self):
             return list(jcore.eval_jaxpr(jaxpr, jaxpr.consts, *args))
 
     def _static(self, primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> Any:
-        if self.fold and not any(isinstance(a, jcore.Tracer) for a in args):
+        if not any(isinstance(a, jcore.Tracer) for a in args):
             with jcore.eval_context():
                 return primitive.bind(*args, **params)
         return self.bind(primitive, args, params)
@@ -175,13 +195,52 @@ class GraphTrace(op_trace.OpTrace):
         return [node.act(self, i) for i in range(len(node.outs))]
 
 
+def _chosen(args: Sequence[Any]) -> Any:
+    """The case of a select that a constant picks; None if it isn't known."""
+    which = args[0]
+    if isinstance(which, jcore.Tracer) or jnp.ndim(which) != 0:
+        return None
+    chosen = args[1 + int(which)]
+    return chosen if isinstance(chosen, Act) else None
+
+
 def _bind(primitive: Any, params: dict[str, Any], *values: Any) -> list[Any]:
     out = primitive.bind(*values, **params)
     return list(out) if primitive.multiple_results else [out]
 
 
-def _binder(primitive: Any, params: dict[str, Any]) -> Callable[..., list[Any]]:
-    return functools.partial(_bind, primitive, params)
+def _bind_narrow(primitive: Any, params: dict[str, Any], *values: Any) -> list[Any]:
+    """A program, which has types of its own: a jitted function is computed wide, op by op; others stay."""
+    if primitive.name in op_search.JIT:
+        return _evaluate_wide(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"], values)
+    types = [a for jaxpr in list(jcore.jaxprs_in_params(params))[:1] for a in jaxpr.in_avals][-len(values) :]
+    if len(types) == len(values):
+        values = tuple(jnp.asarray(v, t.dtype) for v, t in zip(values, types, strict=True))
+    return [widened(out) for out in _bind(primitive, params, *values)]
+
+
+def _evaluate_wide(jaxpr: jcore.Jaxpr, values: Sequence[Any]) -> list[Any]:
+    known: dict[Any, Any] = dict(zip(jaxpr.invars, values, strict=True))
+    known |= dict(zip(jaxpr.constvars, jaxpr.consts, strict=True))
+    read = lambda v: widened(v.val if isinstance(v, jcore.Literal) else known[v])
+    for eqn in jaxpr.eqns:
+        inside = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+        if inside is not None and eqn.primitive.name in (*op_search.JIT, "custom_jvp_call"):
+            outs = _evaluate_wide(inside, [read(v) for v in eqn.invars])
+        else:
+            wide = {k: jnp.dtype(jnp.float32) if _is_half(v) else v for k, v in eqn.params.items()}
+            outs = _bind(eqn.primitive, wide, *(read(v) for v in eqn.invars))
+        known |= dict(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _is_half(x: Any) -> bool:
+    return not isinstance(x, str | tuple) and x in (jnp.bfloat16, jnp.float16)
+
+
+def widened(x: Any) -> Any:
+    """Halves as float32."""
+    return x.astype(jnp.float32) if _is_half(getattr(x, "dtype", None)) else x
 
 
 def reachable(outputs: Sequence[Any]) -> list[Node]:

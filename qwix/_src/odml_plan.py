@@ -19,7 +19,7 @@ import numpy as np
 from qwix._src import odml_graph, qconfig
 from qwix._src.core import numerics
 from qwix._src.odml_graph import Act, Node, Value
-from qwix._src.odml_spec import OpSpec
+from qwix._src.odml_ops import OpSpec
 
 Range = tuple[float, float]
 
@@ -123,7 +123,8 @@ class Plan:
         quantizes = rule is not None and (rule.act_qtype is not None or rule.weight_qtype is not None)
         step = Step(spec, rule if quantizes else None, str(op_id), [None] * len(node.args))
         self.steps[node] = step
-        getattr(self, f"_{spec.kind}")(node, step)
+        refused = spec.kind in ("compute", "fuses") and spec.refusal(step.rule) is not None
+        getattr(self, "_float" if refused else f"_{spec.kind}")(node, step)
 
     # Each kind of op: fills in the step, and the facts of what it makes.
 
@@ -187,7 +188,7 @@ class Plan:
             self.facts[node, i] = Facts(rule=wishes[0] if wishes else None, fixed=fixed)
 
     def _float(self, node: Node, step: Step) -> None:
-        step.reason = step.spec.reason or "LiteRT has no integer form of it"
+        step.reason = step.spec.refusal(step.rule) or "LiteRT has no integer form of it"
         if step.rule is not None and step.rule.act_qtype is not None and step.rule.act_static_scale:
             self.provider.note_break(node.place.path, step.spec.name, step.op_id, step.reason)
         for i in range(len(node.outs)):

@@ -9,7 +9,7 @@ kernels want that, in training too.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -22,6 +22,8 @@ from qwix._src.core import calibration, numerics, qarray
 from qwix._src.odml_plan import Request
 from qwix._src.op_states import OpStates
 
+# The ends of ranges for which LiteRT's kernels demand the step 1/32768 of int16.
+_ONES = (127 / 128, 255 / 256, 32767 / 32768)
 _AVERAGE = averaging.SimpleMovingAverage()
 
 
@@ -48,8 +50,8 @@ class Scale:
 class Quantizer(Protocol):
     """What `fake_quant` is."""
 
-    def of_request(self, request: Request, x: jax.Array) -> Scale:
-        """The scale of an activation, given its float value."""
+    def of_request(self, request: Request, value: Callable[[], jax.Array]) -> Scale:
+        """The scale of an activation, given what computes its float value."""
         ...
 
     def of_weight(self, x: Any, qtype: Any, method: str, axis: int | None) -> Scale:
@@ -75,7 +77,8 @@ def method_of(qtype: str, method: str, fixed: tuple[float, float] | None) -> str
     symmetric = qtype == "int16"
     if fixed is not None:
         low, high = fixed
-        return f"fixed,{max(-low, high)}" if symmetric else f"fixed,{low},{high}"
+        top = 1.0 if max(-low, high) in _ONES else max(-low, high)
+        return f"fixed,{top}" if symmetric else f"fixed,{low},{high}"
     name, args = calibration.parse_method(method)
     if not symmetric or name not in ("minmax", "fixed"):
         return method
@@ -117,8 +120,8 @@ class TrainingQuantizer:
     def __init__(self, states: OpStates, layer: Sequence[Any], emitted: dict[Any, Any]):
         self.states, self.layer, self.emitted = states, layer, emitted
 
-    def of_request(self, request: Request, x: jax.Array) -> Scale:
-        now = statistics(request, x)
+    def of_request(self, request: Request, value: Callable[[], jax.Array]) -> Scale:
+        now = statistics(request, value())
         fresh = lambda: _AVERAGE.init(now)
         state, _ = self.states.step(
             (request.path, request.name),
@@ -161,13 +164,13 @@ class ConversionQuantizer:
         del emitted
         self.read, self.layer = states.read, layer
 
-    def of_request(self, request: Request, x: jax.Array) -> Scale:
+    def of_request(self, request: Request, value: Callable[[], jax.Array]) -> Scale:
         stored = self.read(request.path, request.name)
         where = "/".join(filter(None, (request.path, request.name)))
         qtype = qtype_name(request.rule.act_qtype)
         if request.fixed is not None and stored is None:
             with jax.ensure_compile_time_eval():
-                ends = statistics(request, jnp.zeros((1,) * max(x.ndim, 1)))
+                ends = statistics(request, jnp.zeros((1,)))
                 return ends_to_scale(ends, qtype, None, is_weight=False)
         if stored is None or "count" not in stored:
             raise ValueError(

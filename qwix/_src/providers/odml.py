@@ -9,11 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from qwix._src import odml_quantizers, odml_spec, qconfig
+from qwix._src import odml_ops, odml_quantizers, qconfig
 from qwix._src.odml_graph import Node
 from qwix._src.utils import flax_util
 
 __all__ = ["Break", "OdmlConversionProvider", "OdmlQatProvider"]
+
+
+# Functions that JAX keeps by name and that are one op here. Others of the table's names are primitives.
+_CALLS = frozenset(
+    "relu relu6 silu hard_silu hard_sigmoid leaky_relu hard_tanh elu softplus log_softmax _resize clip".split()
+)
 
 
 class Break(NamedTuple):
@@ -73,7 +79,7 @@ class OdmlQatProvider(qconfig.QuantizationProvider):
         self.fixed_range_for_inputs = _range("fixed_range_for_inputs", fixed_range_for_inputs)
         self.fixed_range_for_outputs = _range("fixed_range_for_outputs", fixed_range_for_outputs)
         self.strict = strict
-        self._ops: dict[str, Any] = dict(odml_spec.TABLE)
+        self._ops: dict[str, Any] = dict(odml_ops.TABLE)
         self._breaks: dict[tuple[str, str], Break] = {}
 
     def _init_rule(self, rule: qconfig.QuantizationRule) -> qconfig.QuantizationRule:
@@ -117,11 +123,13 @@ class OdmlQatProvider(qconfig.QuantizationProvider):
 
     def spec_of(self, node: Node) -> Any:
         """What kind of op a node is."""
-        return odml_spec.spec_of(node)
+        return odml_ops.spec_of(node, self._ops)
 
-    def is_call(self, name: str) -> bool:
-        """Whether a jitted function of this name is one op."""
-        return name in self._ops
+    def is_call(self, name: str, jaxpr: Any) -> bool:
+        """Whether a jitted function is one op: one of JAX's that the table knows, or one that a user added."""
+        if name in odml_ops.TABLE:
+            return name in _CALLS and "/jax/" in str(jaxpr.debug_info.func_src_info)
+        return name in odml_ops.FUNCTIONS or name in self._ops.keys() - odml_ops.TABLE.keys()
 
     def note_break(self, path: str, op: str, op_id: str, reason: str) -> None:
         """Remembers an op without an integer form."""
