@@ -171,7 +171,7 @@ def make_plan(
       mesh: {axis: size}.
       operands: how each array is laid out now.
       results: how the results are wanted, if that is known.
-      strict: raise where a factor can't be cut as an array asks for, instead of gathering the array.
+      strict: raise where an array can't be cut as it's said to be, instead of gathering it.
 
     Raises:
       ValueError: an axis that the mesh doesn't have; with `strict`, a size that its axes don't divide.
@@ -182,6 +182,13 @@ def make_plan(
         for dim, axes in zip(dims, _entries(spec, len(dims), mesh), strict=True):
             if dim is not None and axes:
                 wanted.setdefault(dim.factor, axes)
+                if strict:
+                    _check_divides(dim, axes, mesh)
+    if strict:
+        for dims, entries in zip(layout.operands, given, strict=True):
+            for dim, axes in zip(dims, entries, strict=True):
+                if dim is not None:
+                    _check_divides(dim, axes, mesh)
     claims = [
         (layout.operands[i][axis], axes)
         for i, axis in layout.claims
@@ -195,7 +202,7 @@ def make_plan(
         assert dim is not None
         own = tuple(a for a in axes if owner[a] == dim.factor)
         if own and dim.factor not in cut:
-            cut[dim.factor] = _dividing(_whole(layout, dim), own, mesh, strict)
+            cut[dim.factor] = _dividing(_whole(layout, dim), own, mesh)
     _add_wanted(layout, cut, wanted, mesh, owner)
     _scatter(layout, cut, wanted, mesh)
     of = functools.partial(_spec, cut=cut, mesh=mesh)
@@ -241,18 +248,21 @@ def _whole(layout: Layout, dim: Dim) -> Dim:
     return Dim(dim.factor, dict(layout.parts).get(dim.factor.lower(), dim.full))
 
 
-def _dividing(dim: Dim, axes: Axes, mesh: Mapping[str, int], strict: bool) -> Axes:
+def _dividing(dim: Dim, axes: Axes, mesh: Mapping[str, int]) -> Axes:
     """As many of the axes as divide the size."""
     while axes and dim.full % _count(axes, mesh):
-        if strict:
-            fits = [n for n in range(1, dim.full + 1) if dim.full % n == 0]
-            sizes = " x ".join(f"{a!r} ({mesh[a]})" for a in axes)
-            raise ValueError(
-                f"Axis {dim.factor} of size {dim.full} can't be cut over {sizes}: {_count(axes, mesh)} parts "
-                f"don't divide it. What does: {', '.join(map(str, fits))}."
-            )
         axes = axes[:-1]
     return axes
+
+
+def _check_divides(dim: Dim, axes: Axes, mesh: Mapping[str, int]) -> None:
+    if dim.full % _count(axes, mesh):
+        fits = [n for n in range(1, dim.full + 1) if dim.full % n == 0]
+        sizes = " x ".join(f"{a!r} ({mesh[a]})" for a in axes)
+        raise ValueError(
+            f"Axis {dim.factor} of size {dim.full} can't be cut over {sizes}: {_count(axes, mesh)} parts "
+            f"don't divide it. What does: {', '.join(map(str, fits))}."
+        )
 
 
 def _add_wanted(

@@ -96,7 +96,8 @@ def plan_of_types(layout: Layout, avals: Sequence[Any], wanted: PartitionSpec | 
     """The plan for arrays on a mesh with explicit axes."""
     mesh = explicit_mesh(avals)
     sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
-    return make_plan(layout, sizes, [a.sharding.spec for a in avals], None if wanted is None else [wanted])
+    results = None if wanted is None else [wanted]
+    return make_plan(layout, sizes, [a.sharding.spec for a in avals], results, strict=True)
 
 
 def layout_of(x: jax.Array) -> PartitionSpec | None:

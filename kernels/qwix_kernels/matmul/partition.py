@@ -11,16 +11,18 @@ A low-rank update is linear in the lhs, so each shard adds its part of K.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from qwix_kernels.absmax import absmax
 from qwix_kernels.lowering import How
 from qwix_kernels.matmul import elementwise
-from qwix_kernels.partitioning import Dim, Dims, Layout, Plan
+from qwix_kernels.partitioning import Dim, Dims, Layout, Plan, make_plan
 from qwix_kernels.problem import Epilogue, Extras, MatmulProblem, Operand, RowQuantize, Tensor
 
 # The axes of what is fused, by factor; capitals: those of the result.
@@ -65,6 +67,57 @@ def layout_of(problem: MatmulProblem, operands: tuple[Tensor, Tensor, Extras]) -
     return Layout(
         tuple(names), tuple(dims), tuple(shapes), tuple(results), tuple(result_shapes), tuple(claims), ("k",)
     )
+
+
+def plan_of(
+    problem: MatmulProblem,
+    mesh: Mapping[str, int],
+    lhs: PartitionSpec,
+    rhs: PartitionSpec,
+    out: PartitionSpec | None = None,
+) -> Plan:
+    """How a matmul is cut over a mesh, without any array. `str()` of it says it in words.
+
+    Args:
+      problem: as `matmul.problem_of` makes it.
+      mesh: {axis: size}.
+      lhs, rhs: how the operands are laid out, [batch, M, K] and [batch, K, N] (or [batch, N, K]).
+      out: how the result is wanted. None: batch and M as in lhs, N as in rhs.
+
+    Raises:
+      ValueError: an axis that the mesh doesn't have, or that doesn't divide a size.
+
+    >>> from qwix_kernels.matmul import problem_of
+    >>> x = jax.ShapeDtypeStruct((1, 64, 512), jnp.bfloat16)
+    >>> w = jax.ShapeDtypeStruct((1, 512, 256), jnp.int8)
+    >>> mesh, x_spec = {"data": 2, "model": 8}, PartitionSpec(None, "data", "model")
+    >>> print(plan_of(problem_of(x, w), mesh, x_spec, PartitionSpec(None, "model")))
+    m over data; k over model; sums added up over model
+    """
+    operands = _shapes(problem)
+    layout = layout_of(problem, operands)
+    right = layout.names.index("rhs")
+    specs = [PartitionSpec()] * len(layout.names)
+    specs[0], specs[right] = lhs, rhs
+    return make_plan(layout, mesh, specs, None if out is None else [out], strict=True)
+
+
+def _shapes(problem: MatmulProblem) -> tuple[Tensor, Tensor, Extras]:
+    """What operands of a problem look like, without what is fused."""
+
+    def tensor(x: Operand, shape: tuple[int, ...], tiles: tuple[int, ...]) -> Tensor:
+        small = jax.ShapeDtypeStruct(tiles, x.scale_dtype or "float32")
+        zero = jax.ShapeDtypeStruct(tiles, x.dtype) if x.zero_point else None
+        values: Any = jax.ShapeDtypeStruct(shape, x.dtype)
+        return Tensor(values, small if x.is_quantized else None, zero, x.codebook)  # type: ignore[arg-type]
+
+    p, turn = problem, (0, 2, 1) if problem.rhs_transposed else (0, 1, 2)
+    of = lambda shape: tuple(shape[a] for a in turn)
+    left, right = p.lhs, p.rhs
+    tiles = left.batch, p.m // (left.tile_free or 1), p.k // (left.tile_k or 1)
+    lhs = tensor(left, (left.batch, p.m, p.k), tiles)
+    tiles = right.batch, p.k // (right.tile_k or 1), p.n // (right.tile_free or 1)
+    return lhs, tensor(right, of((right.batch, p.k, p.n)), of(tiles)), Extras()
 
 
 def run(
