@@ -23,7 +23,7 @@ def norm(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
     """
     wide = lambda name, x, **options: inner(name, x, qtype="int16", **options)
     number = lambda value: inner.constant(value, "int16")
-    part, axes = jnp.reshape(wide("input", x), params["stats_shape"]), params["axes"]
+    part, axes = jnp.reshape(inner.widened("input", x), params["stats_shape"]), params["axes"]
     if params["centered"]:
         part = wide("centered", part - wide("mean", jnp.mean(part, axes, keepdims=True)))
     total = jnp.sum if params["total"] else jnp.mean

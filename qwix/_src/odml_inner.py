@@ -53,7 +53,7 @@ class NodeInner:
         return self.values.quantizer.apply(small, scale)
 
     def ends(self, i: int) -> tuple[Any, Any]:
-        scale = self.values.scale(self.step.reads[i])
+        scale = self.scale if self.scale is not None else self.values.scale(self.step.reads[i])
         top = scale.ends.get("max", scale.ends.get("absmax"))
         low = scale.ends["min"] if "min" in scale.ends else -top
         return jnp.reshape(low, ()), jnp.reshape(top, ())
@@ -62,6 +62,14 @@ class NodeInner:
         """Two types for one tensor LiteRT's converter takes for one; a reshape between them makes them two."""
         scale = self._scale(name, x, None, "int16")
         flat = jnp.reshape(self.values.quantizer.apply(x, scale), (1, -1) if x.ndim == 1 else (-1,))
+        return jnp.reshape(self.values.quantizer.apply(flat, scale), x.shape)
+
+    def widened(self, name: str, x: Any, i: int = 0) -> Any:
+        scale, given = self._scale(name, x, None, "int16"), self.values.scale(self.step.reads[i])
+        if given.qtype == "int16":
+            return x
+        flat = jnp.reshape(x, (1, -1) if x.ndim == 1 else (-1,))
+        flat = self.values.quantizer.apply(flat, given) if self.values.call.converts else flat
         return jnp.reshape(self.values.quantizer.apply(flat, scale), x.shape)
 
     def again(self, x: Any) -> Any:
