@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import mapped_aval
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding
 
@@ -96,6 +97,11 @@ def _fold(problem: MatmulProblem, operands: Operands) -> Operands:
     lhs = jax.tree.map(lambda a: a.reshape(1, -1, a.shape[2]), lhs)
     by_row: dict[str, Any] = {f: _into_rows(getattr(extras, f), problem.batch, problem.m) for f in _BY_ROW}
     return lhs, rhs, dataclasses.replace(extras, **by_row)
+
+
+def _bind_folded(problem: MatmulProblem, how: How, *arrays: jax.Array) -> list[jax.Array]:
+    outs = bind(_folded(problem), how, *_fold(problem, _unflatten(problem, arrays)))
+    return [out.reshape(problem.batch, problem.m, out.shape[2]) for out in outs]
 
 
 # The fields of Extras with one entry per row (or a single one), and those with one per column or K.
@@ -203,6 +209,16 @@ def _batch_rule(args, axes, *, problem: MatmulProblem, how: How):
     size = next(a.shape[axis] for a, axis in zip(args, axes, strict=True) if axis is not None)
     groups = _groups(_unflatten(problem, args))
     at = _groups(_unflatten(problem, [-1 if axis is None else axis for axis in axes]))
+    inside = [
+        jax.typeof(a) if i is None else mapped_aval(size, i, jax.typeof(a))
+        for a, i in zip(args, axes, strict=True)
+    ]
+    folds = not routes.has_explicit_axes(inside) and _folds(problem, _unflatten(problem, inside)[2])
+    if folds and max(jax.tree.leaves(at["rhs"])) >= 0:
+        # Weights that the batch shared up to here are not copied for each of it.
+        folded = functools.partial(_bind_folded, problem, how)
+        outs = jax.vmap(folded, in_axes=tuple(axes), axis_size=size)(*args)
+        return outs, [0] * len(outs)
     front = {name: _front(jax.tree.leaves(x), jax.tree.leaves(at[name]), size) for name, x in groups.items()}
     shared = {name for name, x in front.items() if x is None}
     if "lhs" not in shared and problem.rhs.batch > 1 and {"rhs", "gate", *_BY_COLUMN} & {*groups} <= shared:
