@@ -80,13 +80,10 @@ def diverse(
 def neighbours(candidates: Sequence[Candidate], config: Any, fields: Sequence[str]) -> list[Any]:
     """Candidates that differ from `config` in one size, by one step up or down, the lowest estimate first."""
     sizes = {f: sorted({getattr(c.config, f) for c in candidates}) for f in fields}
-    near = set()
-    for field, values in sizes.items():
-        at = values.index(getattr(config, field))
-        for i in (at - 1, at + 1):
-            if 0 <= i < len(values):
-                near.add(dataclasses.replace(config, **{field: values[i]}))
-    return [c.config for c in candidates if c.config in near]
+    at = lambda c, f: sizes[f].index(getattr(c, f))
+    steps = lambda c: sum(abs(at(c, f) - at(config, f)) for f in fields)
+    rest = lambda c: {f: v for f, v in dataclasses.asdict(c).items() if f not in fields}
+    return [c.config for c in candidates if steps(c.config) == 1 and rest(c.config) == rest(config)]
 
 
 def _configs(p: MatmulProblem) -> Iterator[Config]:
