@@ -16,6 +16,8 @@ export JAX_SKIP_CUDA_CONSTRAINTS_CHECK := 1
 demo: venv
 	$(BIN)/python -m examples.smollm2 --check $(if $(JSON),--json $(JSON))
 
+# Most of the time goes into compiling small programs for the CPU; `test-all` optimizes them as users have them.
+test: export XLA_FLAGS := --xla_backend_optimization_level=0
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not large"
 
