@@ -62,7 +62,8 @@ def check_scheme(on, route, name, layout, shape=(2, 4)):
     fn = lambda x, w: matmul(x, w, extras, **given)
     mesh = on.mesh_of(route, shape)
     got, found = on.run(mesh, fn, on.place(mesh, X, lhs), on.place(mesh, w, rhs))
-    assert on.spec_of(got) == out
+    cutting = lambda spec: [e for e in spec if e and mesh.shape[e] > 1]
+    assert cutting(on.spec_of(got)) == cutting(out)
     rows = given.get("quantize_lhs")
     parts = mesh.shape["y"] if summed else 1
     of_rows = bool(rows and not rows.static and (K // parts) % (rows.tile_k or K))

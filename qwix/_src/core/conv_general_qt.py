@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -94,6 +94,8 @@ def _how(
 @dataclasses.dataclass(frozen=True)
 class _Conv:
     """The op of qt_vjp.py: the geometry of one convolution."""
+
+    gradients_are_dots: ClassVar[bool] = False
 
     numbers: ConvDimensionNumbers
     lhs_shape: tuple[int, ...]

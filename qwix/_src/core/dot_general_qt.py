@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,8 @@ def dot_general_qt(
 @dataclasses.dataclass(frozen=True)
 class _Dot:
     """The op of qt_vjp.py."""
+
+    gradients_are_dots: ClassVar[bool] = True
 
     numbers: DotDimensionNumbers  # canonical
     lhs_shape: tuple[int, ...]

@@ -32,7 +32,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeGuard
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +87,8 @@ class Gradient(Protocol):
 
 class Op(Protocol):
     """A bilinear op. Hashable; holds shapes and options. `extra`: its arrays beside the two operands."""
+
+    gradients_are_dots: ClassVar[bool]
 
     def how(self, side: Side, *, tile_size: TileSize, **kwargs: Any) -> HowToQuantize:
         """How to quantize an operand."""
@@ -335,10 +337,21 @@ def _backward(call: _Call, residuals: Any, g: Any) -> tuple[Any, ...]:
         return (None,) * 5
     gradients: Any = functools.partial(_gradients, call)
     layouts = {side: layout for side, layout in zip(_SIDES, call.layouts, strict=True) if side in saved}
-    if all(layouts.values()):
+    typed = _keeps_types(call, saved)
+    if not typed and all(layouts.values()):
         gradients = explicit_mesh.laid_out(gradients, layouts)
     result = gradients(saved, noises, extra, g)
+    if typed and all(layouts.values()):
+        result = {side: jax.sharding.reshard(x, layouts[side]) for side, x in result.items()}
     return (*(result.get(side) for side in _SIDES), None, None, None)
+
+
+def _keeps_types(call: _Call, saved: Any) -> bool:
+    """Whether each gradient is one quantized dot, which lays itself out on a mesh with explicit axes."""
+    plain = call.op.gradients_are_dots and call.noises == (None, None)
+    qtypes = [getattr(call.config, f"d{side}_grad_qtype") for side in saved]
+    tiles = [call.config.tile_size_of(side) or getattr(call.config, f"d{side}_tile_size") for side in _SIDES]
+    return plain and None not in qtypes and not any(tiles)
 
 
 def _gradients(call: _Call, saved: Any, noises: Any, extra: Any, g: jax.Array) -> dict[Side, jax.Array]:

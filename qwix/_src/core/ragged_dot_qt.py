@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +130,8 @@ def _how(
 @dataclasses.dataclass(frozen=True)
 class _RaggedDot:
     """The op of qt_vjp.py. `groups`: those of rhs."""
+
+    gradients_are_dots: ClassVar[bool] = False
 
     precision: Any
     groups: int
