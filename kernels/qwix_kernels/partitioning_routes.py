@@ -7,8 +7,8 @@
 
 In either case a shard binds the same primitive again, on the arrays that it holds, so which implementation
 runs is decided for the shard's sizes. What can't be cut here is left to the compiler, as a program of XLA's:
-a mesh with explicit and automatic axes, a program for devices that are not attached (its client does not ask
-back), one for several platforms, sizes that aren't known.
+a mesh with explicit and automatic axes, an export, a program for devices that are not attached (its client
+does not ask back), sizes that aren't known.
 """
 
 from __future__ import annotations
@@ -168,6 +168,8 @@ def is_asked_back(ctx: mlir.LoweringRuleContext) -> bool:
     devices = getattr(context, "device_assignment", None)
     mesh = getattr(context, "abstract_mesh", None)
     if not devices or len(devices) == 1 or mesh is None or mesh.empty:
+        return False
+    if ctx.module_context.lowering_parameters.for_export:  # what is asked back can't be stored
         return False
     return not explicit_mesh(ctx.avals_in) and _is_attached(devices[0])
 

@@ -258,6 +258,16 @@ def test_batches_and_vmap(route, on):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
+def test_an_export_is_cut_by_the_compiler(on):
+    """Which a call that asks back could not be: it's no part of what is stored."""
+    mesh, (w, options) = on.mesh_of("auto"), SCHEMES["w8a8"]
+    columns = P(None, None, "y")
+    args = on.place(mesh, X, P("x")), *(on.place(mesh, a, columns) for a in (w.values, w.scale))
+    exported = jax.export.export(jax.jit(lambda x, q, s: matmul(x, Tensor(q, s), **options)))(*args)
+    got = jax.export.deserialize(exported.serialize()).call(*args)
+    np.testing.assert_allclose(got, matmul(X, w, **options), rtol=1e-6, atol=1e-6)
+
+
 def test_one_device_is_lowered_as_ever():
     text = jax.jit(lambda x: matmul(x, weight(), quantize_lhs=INT8)).lower(X).as_text()
     assert "CustomSPMDPartitioning" not in text and "manual" not in text
