@@ -14,7 +14,7 @@ from jax._src import core as jcore
 
 from qwix._src import qconfig
 from qwix._src.odml_graph import Act, Node
-from qwix._src.odml_plan import Step, feature_axes
+from qwix._src.odml_plan import Step, feature_axes, weight_side
 
 
 def fused(head: Node, step: Step, args: Sequence[Any], rest: Sequence[Node], values: Any) -> Any:
@@ -25,7 +25,11 @@ def fused(head: Node, step: Step, args: Sequence[Any], rest: Sequence[Node], val
     factor, bias = _folded(rest, ndim, values)
     if factor is not None:
         weight = weight * _on_weight(head, factor, axes, weight).astype(weight.dtype)
-    out = _contract(head, step, args[1 - side], weight, bias, values)
+    x = args[1 - side]
+    if step.dynamic:
+        contract = _contracted(head, 1 - side)
+        x = values.quantizer.dynamic(x, step.rule, [a for a in range(x.ndim) if a not in contract])
+    out = _contract(head, step, x, weight, bias, values)
     for node in rest:
         if values.plan.steps[node].spec.is_activation:
             given = [out if isinstance(a, Act) else values.read(a, None) for a in node.args]
@@ -55,9 +59,11 @@ def _folded(rest: Sequence[Node], ndim: int, values: Any) -> tuple[Any, Any]:
     return factor, bias
 
 
-def weight_side(head: Node) -> int:
-    """Which arg of a contraction does not depend on the inputs."""
-    return 1 if isinstance(head.args[0], Act) else 0
+def _contracted(head: Node, side: int) -> Sequence[int]:
+    """The axes of an activation that share a range: those that are summed over."""
+    if head.op == "conv_general_dilated":
+        return range(1, np.ndim(head.args[side]))
+    return head.params["dimension_numbers"][0][side]
 
 
 def _free_axes(head: Node, weight: Any) -> list[int]:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax._src import core as jcore
 
-from qwix._src import odml_contraction, odml_graph, odml_patterns
+from qwix._src import odml_contraction, odml_graph, odml_patterns, odml_records
 from qwix._src.odml_graph import Act, GraphTrace, Node, Value
 from qwix._src.odml_inner import NodeInner
 from qwix._src.odml_place import Place
@@ -94,6 +94,7 @@ class Call:
         nodes = [node for node in trace.nodes if node in needed]
         inputs = [node for node in needed if node.op == "input"]
         plan = Plan(self.provider, [*inputs, *nodes], leaves, left, output_op, around.path if around else "")
+        odml_records.note(self.provider, plan)
         quantizer = self.make_quantizer(self.states, layer, self.emitted)
         values = Values(self, plan, quantizer, layer)
         outs = [values.read(o, r) for o, r in zip(leaves, plan.output_reads, strict=True)]
@@ -250,6 +251,7 @@ class Values:
             if request.before is not None:
                 self.scale(request)
                 x = self.fake_quant(value, request.before)
+                return self._requantized(x, self.scale(request.before), self.scale(request))
             return self.quantizer.apply(x, self.scale(request))
         step = self.plan.steps[node]
         moved = step.spec.operands_of(node)
@@ -258,6 +260,8 @@ class Values:
         for i, arg in enumerate(node.args):
             if i not in moved or not odml_graph.is_float(arg):
                 args.append(self.read(arg, None))
+            elif isinstance(arg, Act) and len(moved) > 1 and (own := self._own(arg, request)) is not None:
+                args.append(self._requantized(self.fake_quant(arg.key, own), self.scale(own), scale))
             elif isinstance(arg, Act):
                 args.append(self.fake_quant(arg.key, request))
             else:
@@ -268,6 +272,19 @@ class Values:
             inner = NodeInner(self, node, step, scale, request.rule)
             out = step.spec.form(inner, node.compute, node.params, *args)[index]
         return self.quantizer.apply(out, scale) if self.call.converts or step.spec.rounds else out
+
+    def _requantized(self, x: Any, before: Scale, scale: Scale) -> Any:
+        """What is on one grid, on another. LiteRT's converter forgets the first where nothing is between."""
+        if not self.call.converts:
+            return self.quantizer.apply(x, scale)
+        flat = jnp.reshape(x, (1, -1) if x.ndim == 1 else (-1,))
+        flat = self.quantizer.apply(self.quantizer.apply(flat, before), scale)
+        return self.quantizer.apply(jnp.reshape(flat, x.shape), scale)
+
+    def _own(self, arg: Act, request: Request) -> Request | None:
+        """The request of a value that has another than this one."""
+        own = self.plan.requests.get(self.plan.source(arg.key))
+        return own[0] if own and request not in own else None
 
     def scale(self, request: Request) -> Scale:
         if request not in self.scales:

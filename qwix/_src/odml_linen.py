@@ -76,7 +76,7 @@ def _run(
 ) -> Any:
     scope = linen_scope.scope_of(model)
     writes = model.is_mutable_collection(COLLECTION) and not provider.converts
-    stored = scope._collection(COLLECTION)
+    stored = linen_scope.plain(scope._collection(COLLECTION))  # scans over layers put others in their place
     read = lambda path, name: flax_util.get_value_from_path(stored, (*filter(None, path.split("/")), name))
     states = OpStates(
         provider.stat if provider.converts else read, lambda path: writes and changes, creates=writes

@@ -1,4 +1,4 @@
-"""Converting an NNX model for ODML, and calling it. Its statistics are `QuantStat` variables of its modules."""
+"""Converting an NNX model for ODML, and calling it. Statistics are `QuantStat` variables of its modules."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """Norms (layer, group, instance, RMS; Flax's or a model's own), found by the root that they divide by.
 
-(x - mean) * rsqrt(variance + epsilon) * scale + bias, where the variance may be written as the mean of squares
-less the square of the mean, whose difference 8 bits could not hold.
+(x - mean) * rsqrt(variance + epsilon) * scale + bias, where the variance may be written as the mean of
+squares less the square of the mean, whose difference 8 bits could not hold.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -59,7 +59,7 @@ def norm(
     bias: Any,
     shape: Any,
 ) -> jax.Array:
-    """The norm of x, whose statistics are taken of it in `stats_shape` over `axes`; `total`: sums, not means."""
+    """The norm of x, with statistics of it in `stats_shape` over `axes`; `total`: sums, not means."""
     dtype = x.dtype
     grouped = x.reshape(stats_shape).astype(jnp.float32)
     if centered:
@@ -175,9 +175,8 @@ def _numerator(left: Any, power: dict[str, Any]) -> Any:
     wanted = inner(power.pop("base"), _MOVES).key
     given = inner(left, _MOVES)
     if not power["centered"] and given.node.op == "sub":  # Flax subtracts a mean of 0
-        given, zero = _constant(given.node)
-        given = given if zero == 0 else None
-        if given is None:
+        given, zero = _split(given.node)
+        if given is None or isinstance(zero, jax.core.Tracer) or np.any(np.asarray(zero)):
             return None
     if power["centered"]:
         given = _centered(given)
@@ -191,7 +190,7 @@ def _numerator(left: Any, power: dict[str, Any]) -> Any:
 
 def _affine(node: Node, scale: Any, readers: Counter[Any], users: Any) -> tuple[Any, Any, Node]:
     """The factor and the sum that follow, which belong to the norm, and its last node."""
-    bias, last, ndim = None, node, len(node.outs[0].shape)
+    bias, last = None, node
     while readers[last, 0] == 1 and len(users.get((last, 0), ())) == 1:
         (following,) = users[last, 0]
         rest = [a for a in following.args if not isinstance(a, Act)]

@@ -1,14 +1,14 @@
 """Ops that JAX writes as several primitives: found in the graph, and one node put in their place.
 
 A mean is a sum and a division, a norm a dozen ops. LiteRT has kernels for the whole, or a form of the whole
-keeps what its parts would lose in 8 bits. What is replaced and still read by others stays beside the new node.
+keeps what its parts would lose in 8 bits. What others read of the parts stays beside the new node.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from qwix._src.odml_graph import Act, Node, inner
 
 
 def rewrite(trace: Any, leaves: list[Any], left: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Rewrites the trace's nodes; returns the outputs, and values that are left elsewhere, in the new graph."""
+    """Rewrites the trace's nodes in place; the outputs, and what is left elsewhere, are those they were."""
     for find in (_mean, _pool, _softmax, _gelu, _silu):
         _replace(trace, find)
     odml_norms.rewrite(trace, (*leaves, *left))

@@ -54,6 +54,7 @@ class Step:
       reads: for each arg how it's read: by a request, or (None) as it is.
       reason: why it stays float; None if it doesn't.
       chain: what is fused into a contraction, from it to this node.
+      dynamic: the activation is quantized by the range of each input.
     """
 
     spec: OpSpec
@@ -62,6 +63,7 @@ class Step:
     reads: list[Request | None]
     reason: str | None = None
     chain: tuple[Node, ...] = ()
+    dynamic: bool = False
 
 
 @dataclasses.dataclass
@@ -72,6 +74,7 @@ class Facts:
     fixed: Range | None = None
     chain: tuple[Node, ...] = ()  # a contraction and what is fused into it; empty: nothing can be
     closed: bool = False  # only moves may follow
+    trains: bool = False  # in a batch norm that takes statistics, or fused into one: computed as it is
 
 
 class Plan:
@@ -123,8 +126,26 @@ class Plan:
         quantizes = rule is not None and (rule.act_qtype is not None or rule.weight_qtype is not None)
         step = Step(spec, rule if quantizes else None, str(op_id), [None] * len(node.args))
         self.steps[node] = step
+        if self._is_statistics(node):
+            self._inside(node, step)
+            return
         refused = spec.kind in ("compute", "fuses") and spec.refusal(step.rule) is not None
         getattr(self, "_float" if refused else f"_{spec.kind}")(node, step)
+
+    def _is_statistics(self, node: Node) -> bool:
+        """Whether it is a part of a batch norm that takes statistics of its own input, or what follows."""
+        if node.place.layer != "BatchNorm":
+            return False
+        acts = [a for a in node.args if isinstance(a, Act)]
+        alone = len(acts) == 1 and self.readers[acts[0].key] == 1 and node.op in _AFFINE
+        return not alone or any(self.facts[a.key].trains for a in acts)
+
+    def _inside(self, node: Node, step: Step) -> None:
+        """It stays float, as it's a bias and a factor when the model is converted."""
+        given = [self.facts[a.key] for a in node.args if isinstance(a, Act) and odml_graph.is_float(a)]
+        first = next((f for f in given if f.chain), given[0] if given else Facts())
+        for i in range(len(node.outs)):
+            self.facts[node, i] = Facts(first.rule, None, first.chain, trains=True)
 
     # Each kind of op: fills in the step, and the facts of what it makes.
 
@@ -136,6 +157,13 @@ class Plan:
                 step.reads[i] = self._ask(node.args[i], rule, node, f"{step.op_id}_{_SIDES[i]}")
         if rule is None:
             step.reason = "no rule quantizes it"
+        elif len(acts) == 1 and rule.weight_qtype is None:
+            step.reason = "its rule has no weight_qtype"
+        elif rule.act_qtype is not None and not rule.act_static_scale:
+            step.dynamic = len(acts) == 1
+            step.reason = None if step.dynamic else "dynamic ranges are for activations times weights"
+        elif rule.act_qtype is None and len(acts) == 2:
+            step.reason = "its rule has no act_qtype"
         out = Facts(rule=_wish(rule))
         if rule is not None and len(acts) == 1:
             out.chain = step.chain = (node,)
@@ -149,8 +177,9 @@ class Plan:
         alone = len(which) == 1 and self.readers[node.args[which[0]].key] == 1
         if not (given.chain and alone and whole and not given.closed and self._fits(node, given, which[0])):
             return self._compute(node, step)
-        step.chain = (*given.chain, node)
-        self.facts[node, 0] = Facts(given.rule, None, step.chain, closed=step.spec.is_activation)
+        chain = (*given.chain, node)
+        step.chain = () if given.trains else chain
+        self.facts[node, 0] = Facts(given.rule, None, chain, step.spec.is_activation, given.trains)
 
     def _fits(self, node: Node, given: Facts, which: int) -> bool:
         """Whether a constant has one number for each feature."""
@@ -168,7 +197,7 @@ class Plan:
         operands = [i for i in spec.operands_of(node) if odml_graph.is_float(node.args[i])]
         if not static:
             step.reason = "no rule quantizes it" if rule is None else "its rule has no static range"
-        several = len(operands) > 1
+        several = len(operands) > 1 and not spec.is_activation
         for at, i in enumerate(operands):
             if static and isinstance(node.args[i], Act):
                 name = f"{step.op_id}_{_SIDES[at]}" if several and at < 2 else step.op_id
@@ -182,10 +211,20 @@ class Plan:
             self.facts[node.args[i].key] for i in step.spec.operands_of(node) if isinstance(node.args[i], Act)
         ]
         wishes = [g.rule for g in given if g.rule is not None]
+        self._put_together(node, step)
+        if not given and (wish := _wish(step.rule)) is not None:
+            wishes = [wish]  # a lookup in a table
         ranges = {g.fixed for g in given}
         for i in range(len(node.outs)):
             fixed = given[0].fixed if len(ranges) == 1 else None
             self.facts[node, i] = Facts(rule=wishes[0] if wishes else None, fixed=fixed)
+
+    def _put_together(self, node: Node, step: Step) -> None:
+        """Of several values that become one, those that others read too are quantized by themselves before."""
+        acts = [a for a in self.moved(node) if isinstance(a, Act)]
+        for i, act in enumerate(acts if step.rule is not None and len(self.moved(node)) > 1 else ()):
+            if self.readers[self.source(act.key)] > 1:
+                self._ask(act, step.rule, node, f"{step.op_id}_input{i}")
 
     def _float(self, node: Node, step: Step) -> None:
         step.reason = step.spec.refusal(step.rule) or "LiteRT has no integer form of it"
@@ -245,10 +284,12 @@ class Plan:
 
     def moved(self, node: Node) -> list[Any]:
         """The args whose values a move hands on."""
-        return [node.args[i] for i in self.steps[node].spec.operands_of(node)]
+        args = [node.args[i] for i in self.steps[node].spec.operands_of(node)]
+        return [a for a in args if odml_graph.is_float(a)]
 
 
 _SIDES = ("lhs", "rhs")
+_AFFINE = ("add", "add_any", "sub", "mul", "div", "convert_element_type")
 
 
 def _wish(rule: qconfig.QuantizationRule | None) -> qconfig.QuantizationRule | None:
@@ -260,12 +301,17 @@ def signature(rule: qconfig.QuantizationRule) -> tuple[Any, ...]:
     return numerics.canonical_qtype(rule.act_qtype), rule.act_calibration_method, rule.act_batch_axes
 
 
+def weight_side(head: Node) -> int:
+    """Which arg of a contraction does not depend on the inputs."""
+    return 1 if isinstance(head.args[0], Act) else 0
+
+
 def feature_axes(head: Node) -> tuple[int, ...]:
     """The axes of a contraction's result that come from its weight."""
     ndim = len(head.outs[0].shape)
     if head.op == "conv_general_dilated":
         return (head.params["dimension_numbers"].out_spec[1],)
-    side = 1 if isinstance(head.args[0], Act) else 0
+    side = weight_side(head)
     contract, batch = head.params["dimension_numbers"]
     free = np.ndim(head.args[side]) - len(contract[side]) - len(batch[side])
     start = ndim - free if side == 1 else len(batch[0])

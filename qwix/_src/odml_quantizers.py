@@ -62,6 +62,10 @@ class Quantizer(Protocol):
         """x on the grid of the scale."""
         ...
 
+    def dynamic(self, x: jax.Array, rule: Any, axes: Sequence[int]) -> jax.Array:
+        """x, quantized by its own range along each index of the axes."""
+        ...
+
 
 def qtype_name(qtype: Any) -> str:
     """'int8' of any spelling. Raises ValueError for a format that LiteRT has not."""
@@ -108,6 +112,14 @@ def ends_to_scale(ends: Mapping[str, Any], qtype: str, axis: int | None, is_weig
     return Scale(qtype, step, zero, ends, axis, is_weight)
 
 
+def by_rows(x: jax.Array, rule: Any, axes: Sequence[int]) -> jax.Array:
+    """x quantized by the range of each row, with a straight-through gradient."""
+    method = rule.act_calibration_method
+    how = qarray.HowToQuantize(qtype=rule.act_qtype, channelwise_axes=axes, calibration_method=method)
+    rounded = qarray.dequantize(qarray.quantize(jax.lax.stop_gradient(x), how)).astype(x.dtype)
+    return x + jax.lax.stop_gradient(rounded - x)
+
+
 class TrainingQuantizer:
     """Scales from statistics, which it takes and averages.
 
@@ -136,6 +148,9 @@ class TrainingQuantizer:
     def of_weight(self, x: Any, qtype: Any, method: str, axis: int | None) -> Scale:
         name = qtype_name(qtype)
         return ends_to_scale(weight_statistics(x, name, method, axis), name, axis, is_weight=True)
+
+    def dynamic(self, x: jax.Array, rule: Any, axes: Sequence[int]) -> jax.Array:
+        return by_rows(x, rule, axes)
 
     def apply(self, x: jax.Array, scale: Scale) -> jax.Array:
         wide = x.astype(jnp.float32)
@@ -174,16 +189,16 @@ class ConversionQuantizer:
                 return ends_to_scale(ends, qtype, None, is_weight=False)
         if stored is None or "count" not in stored:
             raise ValueError(
-                f"quant_stats is not initialized for {where}: run the model of OdmlQatProvider on some inputs "
-                "with mutable 'quant_stats' (qwix.odml.calibrate does), and give what it collects."
+                f"quant_stats is not initialized for {where}: run the model of OdmlQatProvider on some "
+                "inputs with mutable 'quant_stats' (qwix.odml.calibrate does), and give what it collects."
             )
         row = {key: np.asarray(value) for key, value in stored.items()}
         for index in self.layer:
             row = {key: value[index] for key, value in row.items()}
         if not row["count"]:
             raise ValueError(
-                f"quant_stats is not initialized for {where}: its count is 0. Run the model of OdmlQatProvider "
-                "on some inputs first, with statistics that may change."
+                f"quant_stats is not initialized for {where}: its count is 0. Run the model of "
+                "OdmlQatProvider on some inputs first, with statistics that may change."
             )
         with jax.ensure_compile_time_eval():
             ends = _AVERAGE.get_calibration({key: jnp.asarray(value) for key, value in row.items()})
@@ -194,13 +209,17 @@ class ConversionQuantizer:
         name = qtype_name(qtype)
         if isinstance(x, jax.core.Tracer):
             raise ValueError(
-                f"A weight of shape {x.shape} is traced, but its scale is part of the program. Give the model's "
-                "params to OdmlConversionProvider, and close over other variables instead of passing them."
+                f"A weight of shape {x.shape} is traced, but its scale is part of the program. Give the "
+                "model's params to OdmlConversionProvider, and close over other variables."
             )
         with jax.ensure_compile_time_eval():
             ends = weight_statistics(jnp.asarray(x), name, method, axis)
             _check_ends(ends, f"a weight of shape {x.shape}")
             return ends_to_scale(ends, name, axis, is_weight=True)
+
+    def dynamic(self, x: jax.Array, rule: Any, axes: Sequence[int]) -> jax.Array:
+        """LiteRT's kernels for float activations and integer weights find the ranges themselves."""
+        return x
 
     def apply(self, x: jax.Array, scale: Scale) -> jax.Array:
         zero = scale.zero_point

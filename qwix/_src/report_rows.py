@@ -114,8 +114,9 @@ def _schema(record: OpRecord) -> str:
 def _scheme(record: OpRecord) -> str | None:
     if not record.is_quantized:
         return None
-    weight = _name(record.how.qtype if record.how is not None else record.weight_dtype)
-    text = weight if record.act_qtype is None else f"{weight}, activations {_name(record.act_qtype)}"
+    weight = record.how.qtype if record.how is not None else record.weight_dtype
+    acts = [] if record.act_qtype is None else [f"activations {_name(record.act_qtype)}"]
+    text = ", ".join([*([] if weight is None else [_name(weight)]), *acts])
     text = record.problem.scheme if record.problem is not None else text
     text = text if record.bwd_qtype is None else f"{text}, gradients {_name(record.bwd_qtype)}"
     return f"{text} K-major" if record.k_major else text

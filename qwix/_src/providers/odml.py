@@ -18,7 +18,8 @@ __all__ = ["Break", "OdmlConversionProvider", "OdmlQatProvider"]
 
 # Functions that JAX keeps by name and that are one op here. Others of the table's names are primitives.
 _CALLS = frozenset(
-    "relu relu6 silu hard_silu hard_sigmoid leaky_relu hard_tanh elu softplus log_softmax _resize clip".split()
+    {"relu", "relu6", "silu", "hard_silu", "hard_sigmoid", "leaky_relu", "hard_tanh", "elu", "softplus"}
+    | {"log_softmax", "clip"}
 )
 
 
@@ -46,8 +47,8 @@ class OdmlQatProvider(qconfig.QuantizationProvider):
       disable_per_channel_weights: one scale for each weight.
       fixed_range_for_inputs, fixed_range_for_outputs: (low, high) of the model's inputs and outputs, where
         they are known: (0, 1) of an image, say.
-      strict: an op that a rule quantizes and that LiteRT has no integer form of is an error, which lists all
-        of them; else a warning does.
+      strict: an op that a rule quantizes and that LiteRT has no integer form of is an error, which lists
+        all of them; else a warning does.
 
     Raises:
       TypeError: rules of another kind, a range that's no pair of numbers.
@@ -75,6 +76,7 @@ class OdmlQatProvider(qconfig.QuantizationProvider):
         strict: bool = True,
     ):
         super().__init__(rules)
+        self._given = [rules] if isinstance(rules, qconfig.QuantizationRule) else list(rules)
         self.disable_per_channel_weights = disable_per_channel_weights
         self.fixed_range_for_inputs = _range("fixed_range_for_inputs", fixed_range_for_inputs)
         self.fixed_range_for_outputs = _range("fixed_range_for_outputs", fixed_range_for_outputs)
@@ -107,7 +109,7 @@ class OdmlQatProvider(qconfig.QuantizationProvider):
         It only collects `breaks`: whoever converts says what to do about them.
         """
         made = OdmlConversionProvider(
-            self._rules,
+            self._given,
             params,
             quant_stats,
             disable_per_channel_weights=self.disable_per_channel_weights,
@@ -143,8 +145,8 @@ class OdmlQatProvider(qconfig.QuantizationProvider):
         message = f"These ops have no integer form in LiteRT:\n{lines}\n"
         if self.strict:
             raise ValueError(
-                f"{message}Write them otherwise, leave them float by a rule of their own without qtypes, or set "
-                "strict=False."
+                f"{message}Write them otherwise, leave them float by a rule of their own without qtypes, or "
+                "set strict=False."
             )
         self._warn_once(f"{message}They stay float.")
 
@@ -210,6 +212,7 @@ def _flat(tree: Any, path: str) -> dict[tuple[str, ...], Any]:
         return found
     if not isinstance(tree, jax.Array | np.ndarray | np.generic | float | int):
         raise TypeError(
-            f"ODML conversion parameters must unbox to array-like values; parameter {path} has type {type(tree)}."
+            f"ODML conversion parameters must unbox to array-like values; parameter {path} has type "
+            f"{type(tree)}."
         )
     return {(): tree if isinstance(tree, jax.Array) else jax.numpy.asarray(tree)}
