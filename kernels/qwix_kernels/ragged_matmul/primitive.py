@@ -143,8 +143,9 @@ def _abstract(*avals, problem: Problem, how: How):
 
 
 def _layout(problem: Problem, operands: Any) -> Layout:
-    of = partition.tgmm_layout if isinstance(problem, TgmmProblem) else partition.gmm_layout
-    return of(problem, operands)
+    if isinstance(problem, TgmmProblem):
+        return partition.tgmm_layout(problem, operands)
+    return partition.gmm_layout(problem, operands)
 
 
 # --- batching
