@@ -21,9 +21,10 @@ from qwix._src.providers.odml import OdmlConversionProvider, OdmlQatProvider
 from qwix._src.providers.ptq import PtqProvider
 from qwix._src.providers.qt import QtProvider, QtRule
 from qwix._src.qconfig import QuantizationProvider, QuantizationRule, get_current_rule
-from qwix._src.quantize_params import quantize_params
+from qwix._src.quantize_params import quantize_params, quantize_stream
 from qwix._src.report import Report, report
 from qwix._src.rules import load_rules
+from qwix._src.shardings import device_bytes, shardings
 from qwix._src.utils.flax_util import QuantStat
 from qwix._src.with_aux import WithAux
 from qwix.version import __version__
@@ -52,6 +53,7 @@ __all__ = [
     "apply_lora_to_model",
     "conv_general_dilated",
     "dequantize",
+    "device_bytes",
     "dot",
     "dot_general",
     "einsum",
@@ -62,8 +64,10 @@ __all__ = [
     "quantize",
     "quantize_model",
     "quantize_params",
+    "quantize_stream",
     "ragged_dot",
     "ragged_dot_general",
     "report",
+    "shardings",
     "transpose_qarray",
 ]

@@ -31,7 +31,6 @@ from jax import lax
 
 from qwix._src.core import numerics, qarray
 from qwix._src.core.transposed_qarray import TransposedQArray
-from qwix._src.utils import flax_util
 
 BLOCK = 256
 _LARGEST = 127
@@ -164,7 +163,7 @@ def double[T: Stored](array: T, lead: Sequence[int] = ()) -> T:
     scale: Any = array.scale
     if _double_bytes(scale.shape, lead) >= numerics.device_bytes(scale.dtype, math.prod(scale.shape)):
         return array
-    return dataclasses.replace(array, scale=_encoded(array, tuple(lead)))
+    return encoded(array, lead)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
@@ -180,26 +179,12 @@ def _zero_tiles(array: Stored) -> jax.Array:
     return split.all(axis=tuple(range(1, 2 * q.ndim, 2)))
 
 
-def double_like[T: Stored](array: T, template: Any) -> T:
-    """The weight with its scales stored as the template's are."""
-    if not isinstance(template.scale, DoubleScale):
-        return array
-    return dataclasses.replace(array, scale=_encoded(array, template.scale.lead))
+def encoded[T: Stored](array: T, lead: Sequence[int]) -> T:
+    """The weight with its scales quantized, whether or not that takes fewer bytes."""
+    return dataclasses.replace(array, scale=_encoded(array, tuple(lead)))
 
 
 def rebuilt[T: Stored](array: T) -> T:
     """The weight with its scales as an array."""
     scale: Any = array.scale
     return dataclasses.replace(array, scale=scale.rebuild()) if isinstance(scale, DoubleScale) else array
-
-
-def boxed[T: Stored](array: T, box: Any) -> T:
-    """Each array in a box like `box`, with the partition names of the axes that it has."""
-    put = lambda child: flax_util.update_boxed(box, value=child)
-    scale: Any = array.scale
-    if not isinstance(scale, DoubleScale):
-        return jax.tree.map(put, array)
-    mean = put(scale.mean)  # blocks aren't an axis of the weight, and have no name, as the mean's haven't
-    step = flax_util.update_boxed(mean, value=scale.step)
-    double_scale = dataclasses.replace(scale, codes=put(scale.codes), step=step, mean=mean)
-    return dataclasses.replace(jax.tree.map(put, dataclasses.replace(array, scale=None)), scale=double_scale)

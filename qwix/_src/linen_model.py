@@ -15,17 +15,16 @@ import jax
 from flax import traverse_util
 from flax.core import scope as flax_scope
 
-from qwix._src import interception, linen_scope, model_class, odml_linen, op_trace, prepack, qconfig, qt_linen
+from qwix._src import interception, linen_scope, model_class, odml_linen, op_trace, qconfig, qt_linen
 from qwix._src.adapter import SUFFIXES, Adapter
-from qwix._src.core import qarray
 from qwix._src.model_weights import Discovery, Found, note_stored
-from qwix._src.providers.boxed_param import BoxedParamProvider, create_quantized_param
+from qwix._src.providers.boxed_param import BoxedParamProvider
 from qwix._src.providers.odml import OdmlQatProvider
 from qwix._src.providers.qt import QtProvider
-from qwix._src.report_records import sqnr_db
 from qwix._src.static_range import StaticScales
 from qwix._src.utils import flax_util
 from qwix._src.weight import WeightInfo, float_type, tag
+from qwix._src.weight_param import StoredForm, quantized_param
 from qwix._src.with_aux import WithAux
 
 _is_aux = lambda x: isinstance(x, WithAux)
@@ -181,6 +180,7 @@ def _initialize(
         variables, *args, rngs=rngs, mutable=True, method=plain, **kwargs
     )[0]
     seen = _discover(provider, model, variables, apply)
+    variables.pop("params", None)  # or all float weights would live on beside the quantized ones
     params = scope._mutable_collection("params")
     for key, what in seen.found.items():
         _quantize(provider, params, key, what)
@@ -217,19 +217,17 @@ def _quantize(provider: BoxedParamProvider, params: Any, key: tuple[Any, ...], w
     *path, name = key
     for part in path:
         params = params[part]
-    raw = flax_util.unbox(params[name])
-    weight = create_quantized_param(
+    weight, sqnr = quantized_param(
         what.info.full_path,
         params[name],
         what.how,
+        StoredForm.of(what, provider.prepack),
         info=what.info,
-        lifted=what.lifted,
-        cut=what.cut,
-        prepacked=prepack.of_op(provider.prepack, what.op),
+        quality=True,
         _qarray_module=provider._qarray,
     )
     note_stored(provider, what.records, weight)
-    provider.note_quality(what.records, sqnr_db(raw, qarray.dequantize(weight.unboxed)))
+    provider.note_quality(what.records, sqnr)
     params[name] = weight
 
 

@@ -10,10 +10,9 @@ called by itself, by any of its methods, and computes what it does inside the mo
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,18 +25,16 @@ from qwix._src import (
     model_class,
     odml_nnx,
     op_trace,
-    prepack,
     qconfig,
     qt_nnx,
     standard_layers,
 )
-from qwix._src.core import qarray
 from qwix._src.lora_attribute import INFO
-from qwix._src.model_weights import Discovery, Found, Key, note_stored
-from qwix._src.providers.boxed_param import BoxedParamProvider, create_quantized_param
+from qwix._src.model_weights import Discovery, Found, Key
+from qwix._src.nnx_weights import convert, keys, slots
+from qwix._src.providers.boxed_param import BoxedParamProvider
 from qwix._src.providers.odml import OdmlQatProvider
 from qwix._src.providers.qt import QtProvider
-from qwix._src.report_records import sqnr_db
 from qwix._src.static_range import StaticScales
 from qwix._src.utils import flax_util
 from qwix._src.weight import WeightInfo, WeightTracer, tag
@@ -52,8 +49,14 @@ def quantize_nnx_model(
     inputs: Sequence[Any],
     kwargs: Mapping[str, Any],
     methods: Sequence[str],
+    donate: bool = False,
 ) -> nnx.Module:
     """See `qwix.quantize_model`."""
+    if donate and not isinstance(provider, BoxedParamProvider):
+        raise ValueError(
+            f"donate=True, but {type(provider).__name__} keeps the float weights. Leave it out; it's for "
+            "providers that store quantized ones, as PtqProvider."
+        )
     base = model_class.original(type(model))
     for method in methods:
         model_class.check_method(base, method)
@@ -73,7 +76,7 @@ def quantize_nnx_model(
         else:
             seen = discover(fresh, provider, lambda shadow: standard_layers.call_all(shadow), ())
             _warn_of_others(fresh, provider, seen.found)
-        convert(fresh, provider, seen.found)
+        convert(fresh, provider, seen.found, donate=donate)
         provider.complete_nnx(fresh, seen, rngs)
         change_classes(fresh, provider)
     elif isinstance(provider, QtProvider):
@@ -116,7 +119,7 @@ def change_classes(model: nnx.Module, provider: BoxedParamProvider) -> None:
     for path, module in list(nnx.iter_modules(model)):
         cls = type(module)
         attributes = provider.class_attributes(module)
-        above = _keys(path) in quantized | {()}
+        above = keys(path) in quantized | {()}
         if (above or attributes) and not isinstance(module, nnx.List | nnx.Dict):
             methods = model_class.public_methods(cls, nnx.Module)
             made = model_class.make(cls, provider, methods, call, attributes)
@@ -131,36 +134,6 @@ def _pop_rngs(base: type, methods: Sequence[str], kwargs: dict[str, Any]) -> nnx
     if not isinstance(rngs, nnx.Rngs):
         raise ValueError(f"Rngs must be an nnx.Rngs instance, got {type(rngs).__name__}.")
     return rngs
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """A place that holds a param: the attribute or entry `name` of the owner, which is reached by `path`."""
-
-    owner: Any  # a module, or a dict or list in one
-    path: tuple[str | int, ...]
-    name: Any
-    value: Any
-
-    def put(self, value: Any) -> None:
-        if isinstance(self.owner, nnx.Module):
-            setattr(self.owner, str(self.name), value)
-        else:
-            self.owner[self.name] = value
-
-
-def _keys(path: Sequence[Any]) -> tuple[str | int, ...]:
-    return tuple(part if isinstance(part, int) else str(part) for part in path)
-
-
-def slots(model: nnx.Module, modules: flax_util.Modules | None = None) -> Iterator[Slot]:
-    """All places of params, WithAux ones included; a shared param has several. `modules`: as nnx_values."""
-    modules = list(nnx.iter_modules(model)) if modules is None else modules
-    bridged = [_keys(path) for path, module in modules if isinstance(module, bridge.ToNNX)]
-    for owner, path, name, value in flax_util.nnx_values(model, modules):
-        is_param = isinstance(value, nnx.Param | WithAux)
-        if is_param and not any(path[: len(prefix)] == prefix for prefix in bridged):
-            yield Slot(owner, path, name, value)
 
 
 def _caller(methods: Sequence[str]) -> Callable[..., None]:
@@ -270,34 +243,6 @@ def _plant(shadow: nnx.Module, trace: op_trace.OpTrace) -> None:
                 slot.value.set_raw_value(op_trace.new_weight(trace, raw, info))
 
 
-def convert(model: nnx.Module, provider: qconfig.QuantizationProvider, found: Mapping[Key, Found]) -> None:
-    """Quantizes the params that were found, one after the other, in place."""
-    done: dict[int, tuple[nnx.Param, WithAux]] = {}
-    for slot in list(slots(model)):
-        if id(slot.value) in done:  # shared: the other places hold the same object
-            slot.put(done[id(slot.value)][1])
-        elif (what := found.get((*slot.path, str(slot.name)))) and isinstance(slot.value, nnx.Param):
-            quantized = _quantize(slot, what, provider)
-            done[id(slot.value)] = slot.value, quantized
-            slot.put(quantized)
-
-
-def _quantize(slot: Slot, what: Found, provider: Any) -> WithAux:
-    raw = slot.value.get_raw_value()
-    kwargs = {"info": what.info, "lifted": what.lifted, "cut": what.cut, "_qarray_module": provider._qarray}
-    kwargs["prepacked"] = prepack.of_op(provider.prepack, what.op)
-    if isinstance(raw, jax.ShapeDtypeStruct):
-        abstract = jax.eval_shape(
-            lambda x: create_quantized_param(slot.name, slot.value.copy(x), what.how, **kwargs), raw
-        )
-        note_stored(provider, what.records, abstract)
-        return abstract
-    quantized = create_quantized_param(what.info.full_path, slot.value, what.how, **kwargs)
-    note_stored(provider, what.records, quantized)
-    provider.note_quality(what.records, sqnr_db(raw, qarray.dequantize(quantized.unboxed)))
-    return quantized
-
-
 def _first_run(
     model: nnx.Module,
     inputs: Sequence[Any],
@@ -334,7 +279,7 @@ def _first_abstract_run(
         return [slot.value for slot in found]
 
     made = jax.eval_shape(run, *leaves)
-    modules = {_keys(path): module for path, module in nnx.iter_modules(model)}
+    modules = {keys(path): module for path, module in nnx.iter_modules(model)}
     for (path, name), value in zip(places, made, strict=True):
         if not hasattr(modules[path], name):
             setattr(modules[path], name, value)

@@ -21,8 +21,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-from flax import nnx
-from flax.core import meta
 
 from qwix._src import double_scale, turned
 from qwix._src.core import layout, qarray
@@ -139,15 +137,3 @@ def _is_abstract(stored: Stored) -> bool:
 def _unpacked(stored: Stored) -> qarray.QArray:
     stored = double_scale.rebuilt(stored)
     return stored.to_qarray() if isinstance(stored, TransposedQArray) else stored
-
-
-def is_partitioned(box: Any) -> bool:
-    """Whether a param's axes have partition names. They would not survive a merge of the axes."""
-    if isinstance(box, nnx.Variable):
-        metadata = box.get_metadata()
-        specs = [metadata.get(field) for field in ("out_sharding", "sharding_names")]
-    elif isinstance(box, meta.AxisMetadata):
-        specs = [getattr(box, field, None) for field in ("names", "mesh_axes")]
-    else:
-        specs = []
-    return any(spec is not None and any(name is not None for name in spec) for spec in specs)

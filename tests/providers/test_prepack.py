@@ -110,15 +110,25 @@ def test_the_report_is_the_same():
     assert plain == packed
 
 
-def test_weights_with_partition_names_stay_as_they_are():
+def test_partition_names_follow_a_weight_where_its_pieces_stay_pieces():
     class Sharded(nnx.Module):
         def __init__(self, rngs):
-            init = nnx.with_metadata(nnx.initializers.lecun_normal(), out_sharding=(None, "model", None))
-            self.heads = nnx.LinearGeneral(16, (2, 8), use_bias=False, kernel_init=init, rngs=rngs)
+            make = lambda *names: nnx.LinearGeneral(
+                16,
+                (2, 8),
+                use_bias=False,
+                kernel_init=nnx.with_metadata(nnx.initializers.lecun_normal(), out_sharding=names),
+                rngs=rngs,
+            )
+            self.heads, self.dims = make(None, "model", None), make(None, None, "model")
 
         def __call__(self, x):
-            return self.heads(x)
+            return self.heads(x) + self.dims(x)
 
     with jax.set_mesh(jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))):
         model = qwix.quantize_model(Sharded(nnx.Rngs(0)), qwix.PtqProvider(rules("int8"), prepack=True), X)
-    assert isinstance(model.heads.kernel.array, QArray)
+    packed = model.heads.kernel.array
+    for part in (packed.qvalue, packed.scale):
+        assert part.get_metadata("out_sharding") == (None, None, "model")
+        assert part.get_value().sharding.spec == jax.sharding.PartitionSpec(None, None, "model")
+    assert isinstance(model.dims.kernel.array, QArray)  # pieces of the last axis are no piece of both

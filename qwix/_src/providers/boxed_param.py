@@ -18,17 +18,23 @@ import jax
 from flax import nnx
 from qwix_kernels import tuning
 
-from qwix._src import double_scale, op_plan, op_trace, prepack, qconfig, ragged_rows, turned, weight_view
+from qwix._src import (
+    op_plan,
+    op_trace,
+    qconfig,
+    ragged_rows,
+    turned,
+    weight_view,
+)
 from qwix._src.adapter import Adapter
 from qwix._src.core import conv_general, dot_general, qarray, ragged_dot
 from qwix._src.dot_sides import Arranged, result_dtype, swap_back, swapped, swapped_precision
 from qwix._src.model_weights import Discovery, make_record, named_einsum, note_opaque, op_name
 from qwix._src.op_plan import OpPlan
 from qwix._src.prepack import Prepack, checked
-from qwix._src.quantize_params import with_scale_shape
 from qwix._src.static_range import StaticScales, calibrated_act
-from qwix._src.utils import flax_util
 from qwix._src.weight import WeightTracer, dense, materialize
+from qwix._src.weight_param import create_quantized_param
 from qwix._src.with_aux import WithAux
 
 __all__ = ["BoxedParamProvider", "WithAux", "create_quantized_param", "quantize_act"]
@@ -333,51 +339,6 @@ def _traced(
     """`config` is part of what is traced for."""
     with tuning.use(config):
         return op(**arrays, **dict(options))
-
-
-def create_quantized_param(
-    name: str,
-    value: Any,
-    how: qarray.HowToQuantize,
-    *,
-    info: Any = None,
-    lifted: Sequence[int] = (),
-    cut: Sequence[int] = (),
-    prepacked: Prepack = False,
-    _qarray_module: Any = qarray,
-) -> WithAux[Any]:
-    """A param, quantized.
-
-    Args:
-      name: of the param, for errors.
-      value: a float array, or a box of one (nnx.Param, linen Partitioned).
-      how: in the layout of `value`.
-      info: whose weight it is.
-      lifted: axes along which every index must have scales of its own, even where the method shares them.
-      cut: axes along which it can be cut when it's stored: scales that are quantized, too, are so for each
-        index by itself.
-      prepacked: store it as kernels read it (see prepack.py); not where its axes have partition names.
-
-    Returns:
-      A WithAux whose QArray's fields are in boxes like that of `value`, with its partition names.
-    """
-    raw = flax_util.unbox(value)
-    try:
-        qarray.check_finite(raw, f"The weight {name!r}")
-        quantized = _qarray_module.quantize(raw, how)
-    except ValueError as error:
-        raise ValueError(
-            f"The weight {name!r} of shape {tuple(raw.shape)} can't be quantized: {error}"
-        ) from error
-    if lifted:
-        scale_shape = [raw.shape[a] if a in lifted else n for a, n in enumerate(quantized.scale.shape)]
-        quantized = with_scale_shape(quantized, scale_shape)
-    several = bool(lifted) or (info is not None and info.mapped)
-    if not prepack.is_partitioned(value):
-        quantized = prepack.prepack(quantized, how, prepacked, cut if several else None)
-    if info is not None and getattr(info.rule, "double_quantize", False):
-        quantized = double_scale.double(quantized, cut)
-    return WithAux(double_scale.boxed(quantized, value), how, info)
 
 
 def quantize_act(

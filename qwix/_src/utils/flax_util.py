@@ -16,9 +16,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import nnx
-from flax.core import meta
+from flax.core import meta, spmd
 from flax.linen import module as linen_module
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qwix._src.weight import WeightTracer
 
@@ -323,21 +323,36 @@ def update_boxed(
 
     A bare array gives the bare value. Raises ValueError for anything else.
     """
-    raw = unbox(boxed)
-    value = raw if value is None else value
-    change = lambda spec: (
-        None
-        if spec is None
-        else update_sharding(spec, shape=value.shape, split=split, merge=merge, transpose=transpose)
+    value = unbox(boxed) if value is None else value
+    return reboxed(
+        boxed,
+        value,
+        lambda spec: update_sharding(spec, shape=value.shape, split=split, merge=merge, transpose=transpose),
     )
+
+
+_NNX_FIELDS, _LINEN_FIELDS = ("out_sharding", "sharding_names"), ("names", "mesh_axes")
+
+
+def reboxed(boxed: Any, value: Any, change: Callable[[Any], Any]) -> Any:
+    """A box like `boxed` with a new value, and its partition names (one entry per axis) changed.
+
+    A bare array gives the bare value. Raises ValueError for anything else.
+    """
+
+    def changed(spec: Any) -> Any:
+        if isinstance(spec, NamedSharding):
+            return NamedSharding(spec.mesh, changed(spec.spec), memory_kind=spec.memory_kind)
+        return None if spec is None else change(spec)
+
     if isinstance(boxed, nnx.Variable):
         metadata = dict(boxed.get_metadata())
-        for field in ("out_sharding", "sharding_names"):
+        for field in _NNX_FIELDS:
             if metadata.get(field) is not None:
-                metadata[field] = change(metadata[field])
+                metadata[field] = changed(metadata[field])
         return type(boxed).from_metadata(value, metadata)
     if isinstance(boxed, meta.AxisMetadata):
-        fields: Any = {f: change(getattr(boxed, f)) for f in ("names", "mesh_axes") if hasattr(boxed, f)}
+        fields: Any = {f: changed(getattr(boxed, f)) for f in _LINEN_FIELDS if hasattr(boxed, f)}
         box: Any = boxed  # a dataclass, as every box of linen is
         return dataclasses.replace(box, value=value, **fields)
     if hasattr(boxed, "shape") and hasattr(boxed, "dtype"):
@@ -345,6 +360,33 @@ def update_boxed(
     raise ValueError(
         f"Unsupported type: {type(boxed).__name__}. Boxes are linen AxisMetadata or nnx.Variable."
     )
+
+
+def partition_names(box: Any) -> tuple[Any, ...] | None:
+    """The entries (None, a name or a tuple of names) that a box has for its axes; None if it has none.
+
+    >>> partition_names(nn.Partitioned(jax.numpy.ones((4, 8)), names=("data", None)))
+    ('data', None)
+    """
+    if isinstance(box, nnx.Variable):
+        metadata = box.get_metadata()
+        specs = [metadata.get(field) for field in _NNX_FIELDS]
+    else:
+        specs = [getattr(box, field, None) for field in _LINEN_FIELDS] if is_box(box) else []
+    for spec in specs:
+        if spec is not None:
+            return tuple(spec.spec if isinstance(spec, NamedSharding) else spec)
+    return None
+
+
+def axis_rules(box: Any) -> dict[str, Any]:
+    """What the logical names of a box mean: {name: mesh axis, tuple of them or None}, the box's own first."""
+    own = box.get_metadata().get("sharding_rules") if isinstance(box, nnx.Variable) else None
+    own = getattr(box, "rules", None) if isinstance(box, meta.AxisMetadata) else own
+    rules: dict[str, Any] = {}
+    for name, axes in (*(own or ()), *spmd.get_logical_axis_rules()):
+        rules.setdefault(name, axes)
+    return rules
 
 
 def get_value_from_path(obj: Any, path: Sequence[str | int]) -> Any:
