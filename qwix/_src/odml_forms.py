@@ -7,7 +7,7 @@ its own.
 
 Invariants
 - A form has the op's float result, up to rounding. What is masked (a constant of -10000 or less that is added
-  or selected) is the one exception: it comes 16 below what else there is, so that the rest keeps its scale.
+  or selected) is the one exception: it comes 8 (int16: 16) below what else there is, so that the rest keeps its scale.
 - Training and conversion take the same forms, so that they have the same tensors and statistics.
 """
 
@@ -23,7 +23,8 @@ from jax import lax
 
 Compute = Callable[..., list[Any]]
 Params = Mapping[str, Any]
-_MASKED, _BELOW = -1e4, 16.0
+_MASKED = -1e4
+BELOW = {"int8": 8.0, "int16": 16.0}  # exp(-8) is less than half a step of a softmax of int8
 
 
 class Inner(Protocol):
@@ -32,10 +33,12 @@ class Inner(Protocol):
     Attributes:
       qtype: of the op's tensors: "int8" or "int16".
       constants: indices of the args that are constants, not quantized yet.
+      moved: whether the first arg was made by a reshape.
     """
 
     qtype: str
     constants: frozenset[int]
+    moved: bool
 
     def __call__(
         self,
@@ -65,6 +68,10 @@ class Inner(Protocol):
         """A tensor of int16 that what follows may quantize to int8."""
         ...
 
+    def widened(self, name: str, x: Any, i: int = 0) -> Any:
+        """What arg i is, in int16; with a reshape before it, as the converter takes two types for one."""
+        ...
+
     def again(self, x: Any) -> Any:
         """What a move makes, on the scale of what it moves."""
         ...
@@ -87,7 +94,7 @@ def add(inner: Inner, compute: Compute, params: Params, x: Any, y: Any) -> list[
         act, known = 0, 1 in inner.constants
     if known:
         low, high = inner.ends(act)
-        y = jnp.where(y <= _MASKED, jnp.asarray(low - high - _BELOW, y.dtype), y)
+        y = jnp.where(y <= _MASKED, jnp.asarray(low - high - BELOW[inner.qtype], y.dtype), y)
         return [x - inner.constant(-y) if inner.qtype == "int16" else x + inner.constant(y)]
     if inner.qtype != "int16" or jnp.shape(x) == jnp.shape(y):
         return [x + y]
@@ -121,17 +128,55 @@ def number(inner: Inner, value: float, x: Any) -> Any:
     return inner.constant(jnp.asarray(value, x.dtype))
 
 
+def maximum(inner: Inner, compute: Compute, params: Params, x: Any, y: Any) -> list[Any]:
+    """The converter takes a float constant into the op, but int16's -1 to 1 for an op that LiteRT lacks."""
+    x, y = _quantized(inner, (x, y)) if inner.qtype == "int16" else (x, y)
+    return [jnp.maximum(x, y)]
+
+
+def minimum(inner: Inner, compute: Compute, params: Params, x: Any, y: Any) -> list[Any]:
+    """As `maximum`."""
+    x, y = _quantized(inner, (x, y)) if inner.qtype == "int16" else (x, y)
+    return [jnp.minimum(x, y)]
+
+
+def clip(inner: Inner, compute: Compute, params: Params, x: Any, *ends: Any) -> list[Any]:
+    """jnp.clip's function; as `maximum`."""
+    if inner.qtype != "int16" or len(ends) != 2 or not {1, 2} <= inner.constants:
+        return compute(x, *ends)
+    low, high = (inner.constant(jnp.asarray(end, x.dtype)) for end in ends)
+    return [jnp.minimum(jnp.maximum(x, low), high)]
+
+
+def clamp(inner: Inner, compute: Compute, params: Params, low: Any, x: Any, high: Any) -> list[Any]:
+    """lax.clamp; as `maximum`."""
+    if inner.qtype != "int16" or not {0, 2} <= inner.constants:
+        return compute(low, x, high)
+    return [jnp.minimum(jnp.maximum(x, inner.constant(low)), inner.constant(high))]
+
+
 def negative(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
     """LiteRT negates floats only."""
     return [x * number(inner, -1, x)]
 
 
 def select(inner: Inner, compute: Compute, params: Params, which: Any, *cases: Any) -> list[Any]:
-    """Of constants far below all else only as much stays as a softmax needs."""
-    act = next(i for i in range(1, 1 + len(cases)) if i not in inner.constants)
-    low, _ = inner.ends(act)
-    least = lambda case: jnp.where(case <= _MASKED, jnp.asarray(low - _BELOW, case.dtype), case)
-    return compute(which, *(least(c) if i + 1 in inner.constants else c for i, c in enumerate(cases)))
+    """All cases on one scale, whose lowest value stands for what is masked."""
+    low, _ = inner.ends(1)
+    least = lambda case: jnp.where(case <= _MASKED, jnp.asarray(low, case.dtype), case)
+    return compute(
+        which, *(inner.again(least(c)) if i + 1 in inner.constants else c for i, c in enumerate(cases))
+    )
+
+
+def select_range(
+    qtype: str, compute: Compute, constants: frozenset[int], which: Any, *cases: Any
+) -> list[Any]:
+    """What a selection's statistics are taken of: what is masked comes so far below the rest as softmax needs."""
+    rest = [jnp.min(c) for i, c in enumerate(cases) if i + 1 not in constants]
+    low = jnp.min(jnp.stack(rest)) - BELOW[qtype]
+    least = lambda case: jnp.where(case <= _MASKED, jnp.asarray(low, case.dtype), case)
+    return compute(which, *(least(c) if i + 1 in constants else c for i, c in enumerate(cases)))
 
 
 def rsqrt(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
@@ -157,18 +202,26 @@ def log1p(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
     return [jnp.log(inner("sum", x + number(inner, 1, x)))]
 
 
+def square(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
+    """x x; of what was reshaped |x| |x|, as the converter moves the reshape behind a product of one tensor."""
+    x = inner("abs", jnp.abs(x)) if inner.moved else x
+    return [x * x]
+
+
 def integer_pow(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
     """Squares and products, from the left of the exponent's binary form; negative ones divide 1."""
-    y, out = params["y"], x
+    y = params["y"]
     if y == 0:
         return compute(x)
+    x = inner("abs", jnp.abs(x)) if inner.moved and y % 2 == 0 else x
+    out = x
     doing = "".join("s*" if bit == "1" else "s" for bit in bin(abs(y))[3:])
     for i, step in enumerate(doing):
         out = inner(f"power{i}", out) if i else out
         out = out * (out if step == "s" else x)
     if y > 0:
         return [out]
-    out = inner("power", out) if doing else out
+    out = inner("power", out, positive=y % 2 == 0) if doing else out
     return [number(inner, 1, x) / out]
 
 
@@ -192,15 +245,11 @@ def cumsum(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
 
 
 def broadcast(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
-    """Between two reshapes LiteRT's converter repeats integers, else floats."""
+    """LiteRT's converter repeats integers where a reshape follows, else floats."""
     (out,) = compute(x)
-    if out.size == x.size or x.size == 1:
+    if out.size == x.size:
         return [out]
-    shape = [1] * out.ndim
-    for axis, to in enumerate(params["broadcast_dimensions"]):
-        shape[to] = x.shape[axis]
-    whole = jnp.broadcast_to(jnp.reshape(x, (*shape, 1)), (*out.shape, 1))
-    return [jnp.reshape(whole, out.shape)]
+    return [jnp.reshape(inner.again(jnp.reshape(out, (-1,))), out.shape)]
 
 
 def pad(inner: Inner, compute: Compute, params: Params, x: Any, value: Any) -> list[Any]:
@@ -214,7 +263,9 @@ def pad(inner: Inner, compute: Compute, params: Params, x: Any, value: Any) -> l
         edges.append((low, high - inside if n else high, 0))
         if inside and n:
             split = jnp.reshape(x, (*x.shape[: axis + 1], 1, *x.shape[axis + 1 :]))
-            spread = lax.pad(split, value, [(0, inside if a == axis + 1 else 0, 0) for a in range(split.ndim)])
+            spread = lax.pad(
+                split, value, [(0, inside if a == axis + 1 else 0, 0) for a in range(split.ndim)]
+            )
             x = jnp.reshape(spread, (*x.shape[:axis], n * (inside + 1), *x.shape[axis + 1 :]))
     return [lax.pad(x, value, edges)]
 

@@ -24,7 +24,7 @@ def relu6(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
     """Of int16 the two ends."""
     if inner.qtype != "int16":
         return compute(x)
-    return [jnp.minimum(jnp.maximum(x, 0), 6)]
+    return [jnp.minimum(jnp.maximum(x, number(inner, 0, x)), number(inner, 6, x))]
 
 
 def silu(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
@@ -39,7 +39,9 @@ def gelu(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
     square = inner("square", x * x)
     scaled = inner("factor", _plus(inner, inner("scaled", square * number(inner, 0.044715, x)), 1.0))
     cube = inner("cubic", x * scaled)
-    bent = inner("tanh", jnp.tanh(inner("argument", cube * number(inner, 0.7978845608, x))), fixed=(-1.0, 127 / 128))
+    bent = inner(
+        "tanh", jnp.tanh(inner("argument", cube * number(inner, 0.7978845608, x))), fixed=(-1.0, 127 / 128)
+    )
     half = inner("half", x * number(inner, 0.5, x))
     return [half * inner("sum", _plus(inner, bent, 1.0))]
 
@@ -63,7 +65,8 @@ def _table_gelu(x: Any, approximate: bool) -> Any:
 
 def hard_sigmoid(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
     """relu6(x + 3) / 6."""
-    clipped = inner("relu6", jnp.clip(inner("sum", _plus(inner, x, 3.0)), 0, 6), fixed=(0.0, 6.0))
+    (clipped,) = relu6(inner, lambda x: [jnp.clip(x, 0, 6)], params, inner("sum", _plus(inner, x, 3.0)))
+    clipped = inner("relu6", clipped, fixed=(0.0, 6.0))
     return [clipped * number(inner, 1 / 6, x)]
 
 
@@ -75,8 +78,9 @@ def hard_swish(inner: Inner, compute: Compute, params: Params, x: Any) -> list[A
 
 
 def hard_tanh(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
-    """Its ends."""
-    return [jnp.minimum(jnp.maximum(x, -1), 1)]
+    """Its ends, which LiteRT takes for an op that has no int16."""
+    ends = (-1, 1) if inner.qtype != "int16" else (number(inner, -1, x), number(inner, 1, x))
+    return [jnp.minimum(jnp.maximum(x, ends[0]), ends[1])]
 
 
 def elu(inner: Inner, compute: Compute, params: Params, x: Any, alpha: Any = 1.0) -> list[Any]:

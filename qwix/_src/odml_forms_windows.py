@@ -23,7 +23,9 @@ Pool = Callable[[Any, Sequence[int], Sequence[int], Sequence[tuple[int, int]]], 
 def max_pool(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
     """The largest of each window."""
 
-    def pool(x: Any, window: Sequence[int], strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Any:
+    def pool(
+        x: Any, window: Sequence[int], strides: Sequence[int], padding: Sequence[tuple[int, int]]
+    ) -> Any:
         low = jnp.asarray(-jnp.inf, x.dtype)
         return lax.reduce_window(x, low, lax.max, tuple(window), tuple(strides), list(padding))
 
@@ -33,7 +35,9 @@ def max_pool(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any
 def avg_pool(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
     """The mean of each window: of what is inside, or with the zeros around."""
 
-    def pool(x: Any, window: Sequence[int], strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Any:
+    def pool(
+        x: Any, window: Sequence[int], strides: Sequence[int], padding: Sequence[tuple[int, int]]
+    ) -> Any:
         sums = lambda x: lax.reduce_window(
             x, jnp.zeros((), x.dtype), lax.add, tuple(window), tuple(strides), list(padding)
         )

@@ -29,6 +29,13 @@ class NodeInner:
         self.qtype = scale.qtype if scale is not None else odml_quantizers.qtype_name(self.rule.act_qtype)
         known = [i for i, a in enumerate(node.args) if is_float(a) and not isinstance(a, Act)]
         self.constants = frozenset(known)
+        first = node.args[0]
+        self.moved = isinstance(first, Act) and first.node.op in (
+            "reshape",
+            "squeeze",
+            "expand_dims",
+            "slice",
+        )
 
     def __call__(
         self,
@@ -49,7 +56,9 @@ class NodeInner:
 
     def constant(self, x: Any, qtype: str | None = None) -> Any:
         small = _small(x) if self.values.call.converts else x
-        scale = self.values.quantizer.of_weight(small, qtype or self.qtype, self._method(qtype or self.qtype), None)
+        scale = self.values.quantizer.of_weight(
+            small, qtype or self.qtype, self._method(qtype or self.qtype), None
+        )
         return self.values.quantizer.apply(small, scale)
 
     def ends(self, i: int) -> tuple[Any, Any]:
@@ -85,9 +94,7 @@ class NodeInner:
             end = 32767 / 32768 if end in (127 / 128, 255 / 256) else end
             fixed = (-end, end)
         rule = dataclasses.replace(self.rule, act_qtype=qtype)
-        request = Request(
-            (self.node, 0), self.node.place.path, f"{self.step.op_id}_{name}", rule, fixed
-        )
+        request = Request((self.node, 0), self.node.place.path, f"{self.step.op_id}_{name}", rule, fixed)
         return self.values.quantizer.of_request(request, lambda: x)
 
 

@@ -56,7 +56,11 @@ class OpSpec:
 
     def operands_of(self, node: Any) -> Sequence[int]:
         """The indices of the args that count."""
-        return range(len(node.args)) if self.operands is None else [i for i in self.operands if i < len(node.args)]
+        return (
+            range(len(node.args))
+            if self.operands is None
+            else [i for i in self.operands if i < len(node.args)]
+        )
 
     def fixed_range(self, rule: Any) -> Range | None:
         """The range of the result under a rule, if it's always the same."""
@@ -93,7 +97,9 @@ TABLE: Mapping[str, OpSpec] = {
     **{op: OpSpec(op, "contraction") for op in op_search.CONTRACTIONS},
     **_specs("nested", "scan remat2"),
     # What moves values.
-    **_specs("moves", "reshape transpose slice squeeze rev stop_gradient expand_dims copy reduce_max reduce_min"),
+    **_specs(
+        "moves", "reshape transpose slice squeeze rev stop_gradient expand_dims copy reduce_max reduce_min"
+    ),
     **_specs("moves", "dynamic_slice", operands=(0,)),
     "broadcast_in_dim": OpSpec("broadcast_in_dim", "moves", operands=(0,), form=odml_forms.broadcast),
     "split": OpSpec("split", "moves"),
@@ -112,12 +118,13 @@ TABLE: Mapping[str, OpSpec] = {
     "mul": OpSpec("multiply", "fuses", form=odml_forms.multiply),
     "div": OpSpec("truediv", "fuses", form=odml_forms.divide),
     "neg": OpSpec("negative", "compute", form=odml_forms.negative),
-    "max": OpSpec("maximum", "compute", form=odml_forms.as_it_is),
-    "min": OpSpec("minimum", "compute", form=odml_forms.as_it_is),
-    "clamp": OpSpec("clip", "compute", operands=(1,), form=odml_forms.as_it_is),
-    "clip": OpSpec("clip", "compute", operands=(0,), form=odml_forms.as_it_is),
-    "select_n": OpSpec("where", "compute", form=odml_forms.select),
-    **_specs("compute", "abs square sqrt exp"),
+    "max": OpSpec("maximum", "compute", form=odml_forms.maximum),
+    "min": OpSpec("minimum", "compute", form=odml_forms.minimum),
+    "clamp": OpSpec("clip", "compute", operands=(1,), form=odml_forms.clamp),
+    "clip": OpSpec("clip", "compute", operands=(0,), form=odml_forms.clip),
+    "select_n": OpSpec("where", "moves", operands=(1, 2, 3, 4), form=odml_forms.select),
+    "square": OpSpec("square", "compute", form=odml_forms.square),
+    **_specs("compute", "abs sqrt exp"),
     "rsqrt": OpSpec("rsqrt", "compute", form=odml_forms.rsqrt),
     "log": OpSpec("log", "compute", qtypes=_INT8),
     "exp2": OpSpec("exp2", "compute", form=odml_forms.exp2),
@@ -148,15 +155,24 @@ TABLE: Mapping[str, OpSpec] = {
     "log_softmax": OpSpec("log_softmax", "compute", form=odml_forms_activations.log_softmax),
     "_resize": OpSpec("resize", "compute", form=odml_forms_windows.resize),
     # What LiteRT's converter leaves in floats.
-    **_floats("LiteRT has a float kernel only", "sin cos tan floor ceil round sign erf erfc erf_inv cbrt rem"),
+    **_floats(
+        "LiteRT has a float kernel only", "sin cos tan floor ceil round sign erf erfc erf_inv cbrt rem"
+    ),
     **_floats("LiteRT has a float kernel only", "asin acos atan atan2 sinh cosh asinh acosh atanh nextafter"),
     **_floats("LiteRT has no kernel of it", "sort top_k cumprod cummax cummin cumlogsumexp reduce_precision"),
-    **_floats("LiteRT's converter compares floats, not integers", "eq ne lt le gt ge argmax argmin is_finite"),
+    **_floats(
+        "LiteRT's converter compares floats, not integers", "eq ne lt le gt ge argmax argmin is_finite"
+    ),
     **_floats("LiteRT sums windows only to average them", "reduce_window_sum reduce_window"),
     **_floats("LiteRT has no kernel that scatters integers", "scatter scatter-add scatter_add"),
     **_floats("what is in it is not looked at", "while cond custom_vjp_call pallas_call"),
     **_specs("ignore", "iota and or not xor random_bits shift_left shift_right_logical population_count"),
 }
+
+# Jitted functions that are one op; other names of functions are those of the primitives in them.
+FUNCTIONS = frozenset(
+    "clip relu relu6 silu hard_silu hard_sigmoid hard_tanh leaky_relu elu softplus log_softmax _resize".split()
+)
 
 
 def spec_of(node: Any, table: Mapping[str, OpSpec] = TABLE) -> OpSpec:
@@ -170,6 +186,8 @@ def spec_of(node: Any, table: Mapping[str, OpSpec] = TABLE) -> OpSpec:
     """
     if node.op == "max" and any(_is_zero(arg) for arg in node.args):
         return table["relu"]
+    if node.op == "pow" and not _is_root(node.args[1]):
+        return dataclasses.replace(table["pow"], qtypes=_INT8)  # by a logarithm
     return table.get(node.op) or OpSpec(node.op, "float", reason="LiteRT has no integer form of it")
 
 
@@ -178,3 +196,12 @@ def _is_zero(x: Any) -> bool:
     if isinstance(x, jax.core.Tracer) or not isinstance(x, int | float | np.ndarray | np.generic | jax.Array):
         return False
     return np.size(x) == 1 and not np.any(np.asarray(x))
+
+
+def _is_root(x: Any) -> bool:
+    """Whether this is a constant 0.5 or -0.5."""
+    if isinstance(x, jax.core.Tracer):
+        return False
+    return bool(np.all(np.abs(np.asarray(x, np.float32)) == 0.5)) and bool(
+        np.ptp(np.asarray(x, np.float32)) == 0
+    )
