@@ -7,6 +7,7 @@ between two of them become integer ops. So scales are concrete numbers, known wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,6 +71,16 @@ def fake_quant(
         return ((values - zero) * step).astype(x.dtype)
 
     return jax.lax.composite(body, name="quant.fake_quant")(x, **attributes)
+
+
+def dynamic_fake_quant(x: jax.Array, quantize: Callable[[jax.Array], jax.Array], qtype: str) -> jax.Array:
+    """Marks x, which is float, to be quantized by its own range by the kernel that reads it.
+
+    Args:
+      quantize: what that comes to, where JAX computes it.
+    """
+    attributes = {"scale": np.zeros(0, np.float32), "dtype": _TYPES[qtype][0], "narrow_range": False}
+    return jax.lax.composite(lambda x, **_: quantize(x), name="quant.fake_quant")(x, **attributes)
 
 
 def _concrete(name: str, given: ArrayLike, shape: tuple[int, ...], axis: int | None) -> np.ndarray:
