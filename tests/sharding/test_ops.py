@@ -15,6 +15,7 @@ B, M, K, N = 2, 16, 64, 32
 INT8 = RowQuantize("int8", 127.5)
 FP8 = RowQuantize("float8_e4m3fn", 448.0)
 RNG = np.random.default_rng(0)
+LARGE = functools.partial(pytest.param, marks=pytest.mark.large)
 
 
 def floats(*shape):
@@ -102,7 +103,7 @@ def test_all_schemes_on_all_meshes(route, name, layout, shape, on):
     check_scheme(on, route, name, (lhs, rhs, out, summed), shape)
 
 
-@pytest.mark.parametrize("route", ["explicit", "auto"])
+@pytest.mark.parametrize("route", ["explicit", LARGE("auto")])
 def test_integers_are_added_up_exactly(route, on):
     x, w = (jnp.asarray(RNG.integers(-128, 128, s), jnp.int8) for s in ((B, M, K), (1, K, N)))
     mesh = on.mesh_of(route)
@@ -111,8 +112,15 @@ def test_integers_are_added_up_exactly(route, on):
     np.testing.assert_array_equal(got, reference.run(problem_of(x, w), Tensor(x), Tensor(w)))
 
 
-@pytest.mark.parametrize("wanted", [P("x", None, "y"), P("x", "y", None)])
-@pytest.mark.parametrize("route", ["explicit", "auto"])
+@pytest.mark.parametrize(
+    ("route", "wanted"),
+    [
+        ("explicit", P("x", None, "y")),
+        ("auto", P("x", "y", None)),
+        pytest.param("explicit", P("x", "y", None), marks=pytest.mark.large),
+        pytest.param("auto", P("x", None, "y"), marks=pytest.mark.large),
+    ],
+)
 def test_sums_are_scattered_where_the_result_is_cut(route, wanted, on):
     w, mesh = SCHEMES["w4a16 tiles of 16"][0], on.mesh_of(route)
 
@@ -128,7 +136,7 @@ def test_sums_are_scattered_where_the_result_is_cut(route, wanted, on):
 
 # The rows of a shard of a matmul whose weights are cut the other way: what's gathered is never the weight,
 # unless it's cut along an axis that the rows have, too (FSDP), and then as it's stored.
-@pytest.mark.parametrize("route", ["explicit", "auto"])
+@pytest.mark.parametrize("route", [LARGE("explicit"), "auto"])
 @pytest.mark.parametrize(
     ("lhs", "rhs", "gathered"),
     [
@@ -170,8 +178,8 @@ FUSED = {
 }
 
 
-@pytest.mark.parametrize("name", FUSED)
-@pytest.mark.parametrize("route", ["explicit", pytest.param("auto", marks=pytest.mark.large)])
+@pytest.mark.parametrize("name", [*list(FUSED)[:2], *map(LARGE, list(FUSED)[2:])])
+@pytest.mark.parametrize("route", ["explicit", LARGE("auto")])
 def test_what_is_fused_comes_after_the_sums(route, name, on):
     w, extras = weight(), FUSED[name]["extras"]
     fn = functools.partial(matmul, **FUSED[name]["options"])
@@ -242,7 +250,7 @@ def test_inside_shard_map_that_checks_what_varies(on):
     assert (abs(jax.jit(grad)(X) - want) <= 1e-5 * abs(want).max()).all()
 
 
-@pytest.mark.parametrize("route", ["explicit", "auto"])
+@pytest.mark.parametrize("route", [LARGE("explicit"), "auto"])
 def test_batches_and_vmap(route, on):
     """A batch of weights cut over the mesh, and a vmapped op: one op in shards, nothing exchanged."""
     x, w, mesh = floats(8, 4, K), floats(8, K, N), on.mesh_of(route)

@@ -93,7 +93,8 @@ def test_products_by_group_over_cut_rows(route, on):
     close(got, jax.jit(tgmm)(X, g, SIZES))
 
 
-@pytest.mark.parametrize("route", ["explicit", pytest.param("auto", marks=pytest.mark.large)])
+@pytest.mark.large
+@pytest.mark.parametrize("route", ROUTES)
 def test_gradients_of_experts(route, on):
     """Tokens and experts over the same axis: the weight's gradient lies as the weight does."""
     w, g, mesh = floats(G, K, N), floats(M, N), on.mesh_of(route)

@@ -127,7 +127,8 @@ def test_matmul_and_its_gradient_inside_shard_map(topology, devices_of, on):
     assert kernels >= 1 and "all-gather" not in found
 
 
-@pytest.mark.parametrize("topology", marked(TOPOLOGIES))
+@pytest.mark.large
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_experts_and_images_inside_shard_map(topology, devices_of, on):
     mesh = Slice(devices_of(topology), AxisType.Auto, on)
 
