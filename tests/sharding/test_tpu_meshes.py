@@ -17,6 +17,8 @@ from qwix_kernels.matmul import matmul
 from qwix_kernels.problem import RowQuantize, Tensor
 from qwix_kernels.ragged_matmul import gmm
 
+from qwix._src.core.dot_general_qt import DotGeneralQtConfig, dot_general_qt
+
 TOPOLOGIES = ["v5e:4x4", "v6e:4x4", "tpu7x:2x2x2"]
 FAST = ["v5e:4x4"]
 INT8 = RowQuantize("int8", 127.5)
@@ -108,6 +110,22 @@ def test_experts_of_explicit_types(topology, devices_of, on):
     w = weights(mesh, P("y", None, None), lead=G)
     kernels, found = mesh.compiled(lambda *a: gmm(*a, quantize_lhs=INT8), x, w, sizes)
     assert kernels >= 1 and found == {"all-reduce": 1}
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("rhs", [P(None, "y"), P("y", None)])
+def test_a_quantized_training_step_of_explicit_types(topology, rhs, devices_of, on):
+    """Forward and both gradients in kernels; `lhs` is cut as the sum is."""
+    mesh = Slice(devices_of(topology), AxisType.Explicit, on)
+    qtypes = {f"{name}_qtype": "int8" for name in ("lhs", "rhs", "dlhs_grad", "drhs_grad")}
+    config = DotGeneralQtConfig(**qtypes, disable_gradient_clipping=True)
+    dot = lambda x, w: dot_general_qt(x, w, (((2,), (0,)), ((), ())), config)
+    x = mesh.array((8, 128, 1024), jnp.bfloat16, P("x", None, rhs[0]))
+    w = mesh.array((1024, 2048), jnp.bfloat16, rhs)
+    loss = lambda x, w: (dot(x, w).astype(jnp.float32) ** 2).sum()
+    kernels, found = mesh.compiled(jax.grad(loss, (0, 1)), x, w)
+    assert kernels >= 3 and set(found) == {"all-reduce"}
 
 
 # --- inside shard_map, with what varies checked
