@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax._src import core as jcore
 
-from qwix._src import qconfig
+from qwix._src import odml_quantizers, qconfig
 from qwix._src.odml_graph import Act, Node
 from qwix._src.odml_plan import Step, feature_axes, weight_side
 
@@ -86,11 +86,11 @@ def _on_weight(head: Node, factor: Any, axes: Sequence[int], weight: Any) -> Any
 def _contract(head: Node, step: Step, x: Any, weight: Any, bias: Any, values: Any) -> Any:
     if head.op == "dot_general" and not any(head.params["dimension_numbers"][1]):
         return _dense(head, step, x, weight, bias, values)
-    free = _free_axes(head, weight)
-    weight = quantized_weight(weight, step.rule, free[0] if len(free) == 1 else None, values)
     if head.op == "conv_general_dilated":
+        weight = quantized_weight(weight, step.rule, _free_axes(head, weight)[0], values)
         out = _convolution(head, step, x, weight, values)
     else:
+        weight = _as_activation(weight, step.rule, values)
         out = head.compute(*((x, weight) if weight_side(head) else (weight, x)))[0]
     return out if bias is None else out + bias.astype(out.dtype)
 
@@ -101,6 +101,15 @@ def quantized_weight(weight: Any, rule: Any, axis: int | None, values: Any) -> A
         return weight
     axis = None if values.call.provider.disable_per_channel_weights else axis
     scale = values.quantizer.of_weight(weight, rule.weight_qtype, rule.weight_calibration_method, axis)
+    return values.quantizer.apply(weight, scale)
+
+
+def _as_activation(weight: Any, rule: Any, values: Any) -> Any:
+    """A stack of weights: LiteRT multiplies batches of matrices of one type, each of one scale."""
+    if rule.act_qtype is None or rule.weight_qtype is None:
+        return quantized_weight(weight, rule, None, values)
+    name = odml_quantizers.qtype_name(rule.act_qtype)
+    scale = values.quantizer.of_weight(weight, name, "absmax" if name == "int16" else "minmax", None)
     return values.quantizer.apply(weight, scale)
 
 

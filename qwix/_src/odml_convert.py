@@ -18,6 +18,7 @@ import jax
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 from qwix._src.odml_model import TfliteModel, needed
+from qwix._src.odml_wide_bias import with_wide_biases
 
 _ILLEGAL = re.compile(r"failed to legalize operation '([\w.]+)'")
 _CALL = re.compile(r'call_target_name = "([^"]+)"')
@@ -152,7 +153,7 @@ def run_converter(signatures: Sequence[Signature]) -> TfliteModel:
         module = modules[0] if len(modules) == 1 else api.merge_modules(modules)
         try:
             api.run_convert_to_tfl_passes(module, manager.PassManager(), config)
-            return TfliteModel(api.export_flatbuffer_to_bytes(module.operation))
+            return with_wide_biases(TfliteModel(api.export_flatbuffer_to_bytes(module.operation)))
         except ValueError as error:
             raise ValueError(_refused(names, str(error))) from error
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax._src import core as jcore
 
-from qwix._src import odml_contraction, odml_graph, odml_patterns, odml_records
+from qwix._src import odml_contraction, odml_forms, odml_graph, odml_patterns, odml_quantizers, odml_records
 from qwix._src.odml_graph import Act, GraphTrace, Node, Value
 from qwix._src.odml_inner import NodeInner
 from qwix._src.odml_place import Place
@@ -169,15 +169,15 @@ class Values:
         found, stack = [request.value[0]], [value]
         while stack:
             node, _ = stack.pop()
-            if node not in self.plan.steps or not self._hands_on((node, 0), request):
+            if not self._hands_on((node, 0), request):
                 found.append(node)
                 continue
             moved = self.plan.steps[node].spec.operands_of(node)
             for i, arg in enumerate(node.args):
-                if isinstance(arg, Act):
-                    (stack if i in moved and odml_graph.is_float(arg) else found).append(
-                        arg.key if i in moved and odml_graph.is_float(arg) else arg.node
-                    )
+                if isinstance(arg, Act) and i in moved and odml_graph.is_float(arg):
+                    stack.append(arg.key)
+                elif isinstance(arg, Act):
+                    found.append(arg.node)
         return found
 
     def _hands_on(self, value: Value, request: Request) -> bool:
@@ -288,5 +288,15 @@ class Values:
 
     def scale(self, request: Request) -> Scale:
         if request not in self.scales:
-            self.scales[request] = self.quantizer.of_request(request, lambda: self.result(request.value))
+            self.scales[request] = self.quantizer.of_request(request, lambda: self._measured(request))
         return self.scales[request]
+
+    def _measured(self, request: Request) -> Any:
+        """What a request's statistics are taken of."""
+        node, index = request.value
+        if node.op != "select_n":
+            return self.result(request.value)
+        constants = frozenset(i for i, a in enumerate(node.args) if not isinstance(a, Act))
+        args = [self.read(a, None) for a in node.args]
+        qtype = odml_quantizers.qtype_name(request.rule.act_qtype)
+        return odml_forms.select_range(qtype, node.compute, constants, *args)[index]

@@ -213,7 +213,9 @@ def _bind_narrow(primitive: Any, params: dict[str, Any], *values: Any) -> list[A
     """A program, which has types of its own: a jitted function is computed wide, op by op; others stay."""
     if primitive.name in op_search.JIT:
         return _evaluate_wide(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"], values)
-    types = [a for jaxpr in list(jcore.jaxprs_in_params(params))[:1] for a in jaxpr.in_avals][-len(values) :]
+    types: list[Any] = [a for jaxpr in list(jcore.jaxprs_in_params(params))[:1] for a in jaxpr.in_avals][
+        -len(values) :
+    ]
     if len(types) == len(values):
         values = tuple(jnp.asarray(v, t.dtype) for v, t in zip(values, types, strict=True))
     return [widened(out) for out in _bind(primitive, params, *values)]

@@ -100,7 +100,7 @@ def _known(provider: Any, model: nn.Module) -> dict[int, tuple[Any, Any]]:
     """In conversion, the params that the provider was given take the place of those the model got."""
     if not provider.converts:
         return {}
-    flat = traverse_util.flatten_dict(flax_util.unbox(linen_scope.plain(linen_scope.params_of(model))))
+    flat: Any = traverse_util.flatten_dict(flax_util.unbox(linen_scope.plain(linen_scope.params_of(model))))
     known = {}
     for path, array in flat.items():
         given = provider.params.get(tuple(map(str, path)))

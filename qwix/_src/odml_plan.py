@@ -150,13 +150,16 @@ class Plan:
     # Each kind of op: fills in the step, and the facts of what it makes.
 
     def _contraction(self, node: Node, step: Step) -> None:
+        if step.rule is not None and (reason := _no_kernel(node)) is not None:
+            step.rule, step.reason = None, reason
+            self.provider.note_break(node.place.path, step.spec.name, step.op_id, reason)
         rule = step.rule
         acts = [i for i in (0, 1) if isinstance(node.args[i], Act)]
         if rule is not None and rule.act_qtype is not None and rule.act_static_scale:
             for i in acts:
                 step.reads[i] = self._ask(node.args[i], rule, node, f"{step.op_id}_{_SIDES[i]}")
         if rule is None:
-            step.reason = "no rule quantizes it"
+            step.reason = step.reason or "no rule quantizes it"
         elif len(acts) == 1 and rule.weight_qtype is None:
             step.reason = "its rule has no weight_qtype"
         elif rule.act_qtype is not None and not rule.act_static_scale:
@@ -192,7 +195,8 @@ class Plan:
         return all(per_feature(other, len(node.outs[0].shape), axis) for other in others)
 
     def _compute(self, node: Node, step: Step) -> None:
-        rule, spec = step.rule, step.spec
+        rule: Any = step.rule
+        spec = step.spec
         static = rule is not None and rule.act_qtype is not None and rule.act_static_scale
         operands = [i for i in spec.operands_of(node) if odml_graph.is_float(node.args[i])]
         if not static:
@@ -220,11 +224,11 @@ class Plan:
             self.facts[node, i] = Facts(rule=wishes[0] if wishes else None, fixed=fixed)
 
     def _put_together(self, node: Node, step: Step) -> None:
-        """Of several values that become one, those that others read too are quantized by themselves before."""
-        acts = [a for a in self.moved(node) if isinstance(a, Act)]
-        for i, act in enumerate(acts if step.rule is not None and len(self.moved(node)) > 1 else ()):
-            if self.readers[self.source(act.key)] > 1:
-                self._ask(act, step.rule, node, f"{step.op_id}_input{i}")
+        """Of values that become one, those that others read too are quantized by themselves before."""
+        rule, acts = step.rule, [a for a in self.moved(node) if isinstance(a, Act)]
+        for i, act in enumerate(acts if len(self.moved(node)) > 1 else ()):
+            if rule is not None and self.readers[self.source(act.key)] > 1:
+                self._ask(act, rule, node, f"{step.op_id}_input{i}")
 
     def _float(self, node: Node, step: Step) -> None:
         step.reason = step.spec.refusal(step.rule) or "LiteRT has no integer form of it"
@@ -290,6 +294,22 @@ class Plan:
 
 _SIDES = ("lhs", "rhs")
 _AFFINE = ("add", "add_any", "sub", "mul", "div", "convert_element_type")
+
+
+def _no_kernel(node: Node) -> str | None:
+    """Why LiteRT has no integer kernel for a contraction; None if it has."""
+    if node.op == "ragged_dot_general":
+        return "LiteRT has no ragged products"
+    if node.op == "conv_general_dilated":
+        if isinstance(node.args[0], Act) == isinstance(node.args[1], Act):
+            return "LiteRT's convolutions have constant kernels"
+        if not isinstance(node.args[0], Act):
+            return "the input of the convolution is a constant"
+        if node.params["batch_group_count"] != 1:
+            return "LiteRT has no batch groups"
+        if len(node.outs[0].shape) > 4:
+            return "LiteRT convolves three axes in floats only"
+    return None
 
 
 def _wish(rule: qconfig.QuantizationRule | None) -> qconfig.QuantizationRule | None:

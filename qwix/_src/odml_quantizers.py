@@ -9,6 +9,7 @@ kernels want that, in training too.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -97,18 +98,44 @@ def statistics(request: Request, x: jax.Array) -> dict[str, jax.Array]:
     method = method_of(qtype, request.rule.act_calibration_method or "minmax", request.fixed)
     axes = tuple(a for a in request.rule.act_batch_axes if -x.ndim <= a < x.ndim)
     how = qarray.HowToQuantize(qtype=qtype, channelwise_axes=axes, calibration_method=method)
-    found = calibration.calibrate(jax.lax.stop_gradient(x).astype(jnp.float32), how)
+    return _means(jax.lax.stop_gradient(x), how)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _means(x: jax.Array, how: qarray.HowToQuantize) -> dict[str, jax.Array]:
+    """Jitted, as all that each quantization does, so that it's traced once for each shape."""
+    found = calibration.calibrate(x.astype(jnp.float32), how)
     return {key: value.mean(keepdims=True) for key, value in found.items()}
 
 
 def weight_statistics(x: Any, qtype: str, method: str, axis: int | None) -> dict[str, Any]:
     axes = () if axis is None else (axis,)
     how = qarray.HowToQuantize(qtype=qtype, channelwise_axes=axes, calibration_method=method)
+    return _range_of(x, how)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _range_of(x: Any, how: qarray.HowToQuantize) -> dict[str, jax.Array]:
     return calibration.calibrate(x.astype(jnp.float32), how)
 
 
+_scale_of = jax.jit(calibration.compute_scale_zero_point, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "low", "high"))
+def _on_grid(
+    x: jax.Array, step: Any, zero: Any, bottom: Any, top: Any, *, axis: int | None, low: int, high: int
+) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    shape = [-1 if a == axis else 1 for a in range(x.ndim)]
+    step, zero, bottom, top = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (step, zero, bottom, top))
+    rounded = (jnp.clip(jnp.round(wide / step) + zero, low, high) - zero) * step
+    clipped = jnp.clip(wide, bottom, top)
+    return (clipped + jax.lax.stop_gradient(rounded - clipped)).astype(x.dtype)
+
+
 def ends_to_scale(ends: Mapping[str, Any], qtype: str, axis: int | None, is_weight: bool) -> Scale:
-    step, zero = calibration.compute_scale_zero_point(ends, qtype)
+    step, zero = _scale_of(dict(ends), qtype)
     return Scale(qtype, step, zero, ends, axis, is_weight)
 
 
@@ -153,18 +180,12 @@ class TrainingQuantizer:
         return by_rows(x, rule, axes)
 
     def apply(self, x: jax.Array, scale: Scale) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        shape = [-1 if a == scale.axis else 1 for a in range(x.ndim)]
-        fit = lambda v: jnp.asarray(v, jnp.float32).reshape(shape)
         low, high = numerics.integer_range(scale.qtype)
         low += scale.is_weight and scale.zero_point is None
-        zero = 0.0 if scale.zero_point is None else fit(scale.zero_point)
-        step = fit(scale.step)
-        rounded = (jnp.clip(jnp.round(wide / step) + zero, low, high) - zero) * step
-        top = fit(scale.ends.get("max", scale.ends.get("absmax")))
-        bottom = fit(scale.ends["min"]) if "min" in scale.ends else -top
-        clipped = jnp.clip(wide, bottom, top)
-        return (clipped + jax.lax.stop_gradient(rounded - clipped)).astype(x.dtype)
+        zero = jnp.zeros_like(scale.step) if scale.zero_point is None else scale.zero_point
+        top = scale.ends.get("max", scale.ends.get("absmax"))
+        bottom = scale.ends.get("min", -top)
+        return _on_grid(x, scale.step, zero, bottom, top, axis=scale.axis, low=low, high=high)
 
 
 class ConversionQuantizer:
@@ -219,7 +240,8 @@ class ConversionQuantizer:
 
     def dynamic(self, x: jax.Array, rule: Any, axes: Sequence[int]) -> jax.Array:
         """LiteRT's kernels for float activations and integer weights find the ranges themselves."""
-        return x
+        quantize = lambda x: by_rows(x, rule, axes)
+        return odml_fake_quant.dynamic_fake_quant(x, quantize, qtype_name(rule.act_qtype))
 
     def apply(self, x: jax.Array, scale: Scale) -> jax.Array:
         zero = scale.zero_point

@@ -92,6 +92,7 @@ def test_constants_after_a_contraction_are_in_its_weight_and_bias():
     check(Of(fn), ROWS, ops="FULLY_CONNECTED")
 
 
+@pytest.mark.large
 def test_weights_have_channels_on_either_side():
     w = jnp.asarray(RNG.normal(size=(3, 5, 16)) * 10.0 ** np.arange(5)[:, None] / 100, jnp.float32)
     left = check(Of(lambda x: jnp.einsum("hnd,btd->bhnt", w, x)), WORDS)
@@ -131,7 +132,11 @@ def test_layers_of_a_scan_are_one_after_the_other():
 
 @pytest.mark.parametrize(
     ("weight_qtype", "act_qtype", "dtype"),
-    [("int4", "int8", jnp.float32), ("int8", "int16", jnp.float32), ("int8", "int8", jnp.bfloat16)],
+    [
+        ("int4", "int8", jnp.float32),
+        pytest.param("int8", "int16", jnp.float32, marks=pytest.mark.large),
+        pytest.param("int8", "int8", jnp.bfloat16, marks=pytest.mark.large),
+    ],
 )
 def test_other_types(weight_qtype, act_qtype, dtype):
     rule = QuantizationRule(weight_qtype=weight_qtype, act_qtype=act_qtype)
@@ -139,6 +144,19 @@ def test_other_types(weight_qtype, act_qtype, dtype):
     summary = check(Of(fn), ROWS, 2, rules=[rule], ops="FULLY_CONNECTED FULLY_CONNECTED")
     op = summary.ops[1]
     assert (op.inputs, op.constants[0]) == ((act_qtype,), weight_qtype)
+
+
+def test_convolutions_of_int16_have_wide_biases():
+    rule = QuantizationRule(weight_qtype="int8", act_qtype="int16")
+    fn = lambda x: nn.Conv(3, (3, 3), feature_group_count=3)(nn.relu(nn.Conv(3, (3, 3), use_bias=False)(x)))
+    summary = check(Of(fn), IMAGES, 2, rules=[rule], ops="CONV_2D DEPTHWISE_CONV_2D")
+    assert all(op.constants == ("int8", "int64") for op in summary.ops[1:-1])
+
+
+@pytest.mark.large
+def test_a_stack_of_weights_is_a_batch():
+    w = jnp.asarray(RNG.normal(size=(2, 16, 5)), jnp.float32)
+    check(Of(lambda x: jnp.einsum("bij,bjk->bik", x, w)), WORDS, ops="BATCH_MATMUL")
 
 
 @pytest.mark.parametrize("act_qtype", ["int8", None])
@@ -176,6 +194,7 @@ def test_an_nnx_model_converts_what_it_was_trained_as():
     assert np.abs(file.run({"x": ids})["output"] - expected).max() <= 2.01 / 256
 
 
+@pytest.mark.large
 def test_without_a_converter_the_function_is_that_of_training():
     provider, variables, expected = calibrated(Cnn(), IMAGES)
     fn = converted(Cnn(), provider, variables)

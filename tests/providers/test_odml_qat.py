@@ -194,6 +194,7 @@ def test_dynamic_ranges_and_weights_alone_need_no_statistics():
     np.testing.assert_allclose(dynamic, rows @ rounded, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.large
 def test_layers_of_a_scan_have_rows_of_statistics():
     class Layer(nn.Module):
         @nn.compact

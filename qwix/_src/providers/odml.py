@@ -123,12 +123,16 @@ class OdmlQatProvider(qconfig.QuantizationProvider):
 
     quiet = False
 
+    def stat(self, path: str, name: str) -> Any:
+        """The statistics that it was given; in training the model has them."""
+        return None
+
     def spec_of(self, node: Node) -> Any:
         """What kind of op a node is."""
         return odml_ops.spec_of(node, self._ops)
 
     def is_call(self, name: str, jaxpr: Any) -> bool:
-        """Whether a jitted function is one op: one of JAX's that the table knows, or one that a user added."""
+        """Whether a jitted function is one op: of JAX's those the table knows, and those a user added."""
         if name in odml_ops.TABLE:
             return name in _CALLS and "/jax/" in str(jaxpr.debug_info.func_src_info)
         return name in odml_ops.FUNCTIONS or name in self._ops.keys() - odml_ops.TABLE.keys()
@@ -201,7 +205,7 @@ def _range(name: str, given: Any) -> tuple[float, float] | None:
 
 def _flat(tree: Any, path: str) -> dict[tuple[str, ...], Any]:
     """{path: concrete array}."""
-    found = {}
+    found: dict[tuple[str, ...], Any] = {}
     if hasattr(tree, "to_pure_dict"):
         tree = tree.to_pure_dict()
     tree = flax_util.unbox(tree)
