@@ -7,7 +7,8 @@ its own.
 
 Invariants
 - A form has the op's float result, up to rounding. What is masked (a constant of -10000 or less that is added
-  or selected) is the one exception: it comes 8 (int16: 16) below what else there is, so that the rest keeps its scale.
+  or selected) is the one exception: it comes 8 (int16: 16) below what else there is, so that the rest keeps
+  its scale.
 - Training and conversion take the same forms, so that they have the same tensors and statistics.
 """
 
@@ -16,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -51,8 +51,7 @@ class Inner(Protocol):
     ) -> Any:
         """A tensor inside of the form, quantized; the op's name and this one are the statistics' name.
 
-        `fixed`: its range in int8; in int16 then it's -1 to 1, times its end. `positive`: what is 0 becomes the
-        step after it.
+        `fixed`: its range in int8; in int16 -1 to 1, times its end. `positive`: what is 0 becomes a step.
         """
         ...
 
@@ -172,7 +171,7 @@ def select(inner: Inner, compute: Compute, params: Params, which: Any, *cases: A
 def select_range(
     qtype: str, compute: Compute, constants: frozenset[int], which: Any, *cases: Any
 ) -> list[Any]:
-    """What a selection's statistics are taken of: what is masked comes so far below the rest as softmax needs."""
+    """What statistics are taken of: what is masked comes as far below the rest as a softmax needs."""
     rest = [jnp.min(c) for i, c in enumerate(cases) if i + 1 not in constants]
     low = jnp.min(jnp.stack(rest)) - BELOW[qtype]
     least = lambda case: jnp.where(case <= _MASKED, jnp.asarray(low, case.dtype), case)
@@ -203,7 +202,7 @@ def log1p(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
 
 
 def square(inner: Inner, compute: Compute, params: Params, x: Any) -> list[Any]:
-    """x x; of what was reshaped |x| |x|, as the converter moves the reshape behind a product of one tensor."""
+    """x x; of what was reshaped |x| |x|: the converter moves the reshape behind a product of one tensor."""
     x = inner("abs", jnp.abs(x)) if inner.moved else x
     return [x * x]
 

@@ -25,7 +25,7 @@ class NodeInner:
 
     def __init__(self, values: Any, node: Node, step: Step, scale: Any = None, rule: Any = None):
         self.values, self.node, self.step, self.scale = values, node, step, scale
-        self.rule = rule or step.rule
+        self.rule: Any = rule or step.rule
         self.qtype = scale.qtype if scale is not None else odml_quantizers.qtype_name(self.rule.act_qtype)
         known = [i for i, a in enumerate(node.args) if is_float(a) and not isinstance(a, Act)]
         self.constants = frozenset(known)
@@ -64,11 +64,11 @@ class NodeInner:
     def ends(self, i: int) -> tuple[Any, Any]:
         scale = self.scale if self.scale is not None else self.values.scale(self.step.reads[i])
         top = scale.ends.get("max", scale.ends.get("absmax"))
-        low = scale.ends["min"] if "min" in scale.ends else -top
+        low = scale.ends.get("min", -top)
         return jnp.reshape(low, ()), jnp.reshape(top, ())
 
     def wide(self, name: str, x: Any) -> Any:
-        """Two types for one tensor LiteRT's converter takes for one; a reshape between them makes them two."""
+        """LiteRT's converter takes two types of one tensor for one; a reshape between makes them two."""
         scale = self._scale(name, x, None, "int16")
         flat = jnp.reshape(self.values.quantizer.apply(x, scale), (1, -1) if x.ndim == 1 else (-1,))
         return jnp.reshape(self.values.quantizer.apply(flat, scale), x.shape)

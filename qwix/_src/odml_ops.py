@@ -1,7 +1,8 @@
 """The table of ops: what LiteRT makes of each JAX primitive and of each function that JAX keeps by name.
 
-Found by converting every op alone, with LiteRT's converter 0.5.0 and interpreter 2.3.0, and comparing what its
-XNNPACK and builtin kernels compute; tests/providers/test_odml_ops.py does so again. Names are what rules see.
+Found by converting every op alone, with LiteRT's converter 0.5.0 and interpreter 2.3.0, and comparing what
+its XNNPACK and builtin kernels compute; tests/providers/test_odml_ops.py does so again. Names are what rules
+see.
 
 Invariants
 - Every primitive that is not here is `float`: it stays as it is, and breaks the chain of integer ops.
@@ -39,7 +40,7 @@ class OpSpec:
       rounds: a move that computes: its result is rounded to the scale again.
       is_activation: a function that LiteRT's kernels apply at their end.
       qtypes: of activations, which LiteRT has a kernel for.
-      form: what is computed in its place where it is quantized: (inner, compute, params, *args) -> its results.
+      form: what is computed in its place where it is quantized: (inner, compute, params, *args) -> results.
         It quantizes constants itself. See odml_forms.py.
       reason: why it stays float.
     """
@@ -103,6 +104,7 @@ TABLE: Mapping[str, OpSpec] = {
     **_specs("moves", "dynamic_slice", operands=(0,)),
     "broadcast_in_dim": OpSpec("broadcast_in_dim", "moves", operands=(0,), form=odml_forms.broadcast),
     "split": OpSpec("split", "moves"),
+    "stack": OpSpec("stack", "moves"),
     "tile": OpSpec("tile", "moves"),
     "pad": OpSpec("pad", "moves", operands=(0, 1), form=odml_forms.pad),
     "concatenate": OpSpec("concatenate", "moves", form=odml_forms.concatenate),
@@ -170,9 +172,8 @@ TABLE: Mapping[str, OpSpec] = {
 }
 
 # Jitted functions that are one op; other names of functions are those of the primitives in them.
-FUNCTIONS = frozenset(
-    "clip relu relu6 silu hard_silu hard_sigmoid hard_tanh leaky_relu elu softplus log_softmax _resize".split()
-)
+_NAMES = "clip relu relu6 silu hard_silu hard_sigmoid hard_tanh leaky_relu elu softplus log_softmax _resize"
+FUNCTIONS = frozenset(_NAMES.split())
 
 
 def spec_of(node: Any, table: Mapping[str, OpSpec] = TABLE) -> OpSpec:
