@@ -117,8 +117,8 @@ def of_stored(
     >>> import jax.numpy as jnp
     >>> w = qarray.quantize_api(jnp.ones((64, 8)), "int4", channelwise_axes=(1,), tiled_axes={0: 32})
     >>> specs = of_stored(("fsdp", "tp"), w, {"fsdp": 4, "tp": 2})
-    >>> specs.qvalue, specs.scale
-    (PartitionSpec('fsdp', 'tp'), PartitionSpec(None, 'tp'))
+    >>> tuple(specs.qvalue), tuple(specs.scale)
+    (('fsdp', 'tp'), (None, 'tp'))
     """
     rank = len(stored.shape)
     own = padded(entries, rank)

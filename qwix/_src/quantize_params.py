@@ -179,8 +179,8 @@ def _pairs(weights: Weights) -> Iterator[tuple[Path, Any]]:
             continue
         if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str | tuple | list)):
             raise TypeError(
-                f"The params that came are neither a dict nor a (path, array) pair, but a "
-                f"{type(item).__name__}."
+                "params is not a pure dict of jax.Array, nor an iterable of (path, array) pairs or such "
+                f"dicts: it gave a {type(item).__name__}."
             )
         path = tuple(item[0].split("/")) if isinstance(item[0], str) else tuple(item[0])
         _check_array(path, item[1])

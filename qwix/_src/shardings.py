@@ -51,8 +51,8 @@ def shardings(model_or_params: Any, mesh: Any, rules: Rules = (), *, strict: boo
     >>> model = qwix.quantize_model(nnx.eval_shape(make), rule)
     >>> mesh = jax.sharding.AbstractMesh((2, 4), ("fsdp", "tp"))
     >>> placed = shardings(model, mesh, [("embed", "fsdp"), ("mlp", "tp")])
-    >>> placed["kernel"]["array"]["scale"].get_raw_value().spec
-    PartitionSpec('fsdp', 'tp')
+    >>> tuple(placed["kernel"]["array"]["scale"].get_raw_value().spec)
+    ('fsdp', 'tp')
     """
     tree = nnx.state(model_or_params) if isinstance(model_or_params, nnx.Module) else model_or_params
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=flax_util.is_box)

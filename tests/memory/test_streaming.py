@@ -283,7 +283,7 @@ def test_a_large_model_plans_without_arrays():
 BAD = {
     "twice": ([("layers/0/bias", np.zeros(WIDTH)), ("layers/0/bias", 0)], ValueError, "is a int"),
     "again": ([("layers/0/bias", np.zeros(WIDTH))] * 2, ValueError, "'layers/0/bias' came twice"),
-    "number": ([3], TypeError, "neither a dict nor a .path, array. pair, but a int"),
+    "number": ([3], TypeError, "nor an iterable of .path, array. pairs or such dicts: it gave a int"),
     "array": (np.ones(3), TypeError, "it's a ndarray. An iterable gives"),
     "unknown": ([("layers/0/kernl", np.ones((2, 2)))], ValueError, "nearest there is 'layers/0/kernel'"),
 }
