@@ -173,3 +173,25 @@ def test_a_missing_converter_is_said_before_anything_runs(net, monkeypatch):
     monkeypatch.setitem(sys.modules, "litert_converter.converter_api_ext", None)
     with pytest.raises(ImportError, match=r"qwix.odml needs litert-converter.*pip install ai-edge-litert"):
         odml.export(net[0], net[1], {}, X)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(
+    ("rule", "types"),
+    [
+        ({"weight_qtype": "int8", "act_qtype": "int16"}, ("int16", "int8")),
+        ({"weight_qtype": "int4", "act_qtype": "int8"}, ("int8", "int4")),
+        ({"weight_qtype": "int8", "act_qtype": "int8", "act_static_scale": False}, ("float32", "int8")),
+    ],
+)
+def test_other_types_agree_with_their_fake_quantization(rule, types):
+    model = Coder()
+    provider = qwix.OdmlQatProvider([qwix.QuantizationRule(**rule)])
+    model = qwix.quantize_model(model, provider, X)
+    odml.calibrate(model, [X], progress=False)
+    model.set_attributes(disable_quant_stats_update=True)
+    file = odml.export(model, sample_inputs=X)
+    layers = [op for op in file.summary().ops if op.name == "FULLY_CONNECTED"]
+    assert [(op.inputs, op.constants[0]) for op in layers] == [((types[0],), types[1])] * 2
+    want = np.asarray(model(X))
+    assert abs(file.run({"image": X})["output"] - want).max() <= 1e-6 * abs(want).max()
