@@ -134,7 +134,8 @@ def of_stored(
     # Blocks of scales aren't an axis of the weight: only the axes of stacked layers stay what they are.
     of_layers = [e if n != 1 else None for e, n in zip(own, scale.mean.shape, strict=True)]
     step = spec(of_layers, scale.step)
-    specs = dataclasses.replace(scale, codes=put(scale.codes), step=step, mean=put(scale.mean))
+    parts: Any = {"codes": put(scale.codes), "step": step, "mean": put(scale.mean)}
+    specs = dataclasses.replace(scale, **parts)
     return dataclasses.replace(jax.tree.map(put, dataclasses.replace(stored, scale=None)), scale=specs)
 
 
@@ -142,7 +143,7 @@ def on_mesh(sharding: Any, stored: Any) -> Any:
     """The weight with the sharding of each array in its place; None if the weight's isn't a NamedSharding."""
     if not isinstance(sharding, NamedSharding):
         return None
-    specs = of_stored(sharding.spec, stored, dict(sharding.mesh.shape))
+    specs = of_stored(tuple(sharding.spec), stored, dict(sharding.mesh.shape))
     place = lambda spec: NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
     return jax.tree.map(place, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 

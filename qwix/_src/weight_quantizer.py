@@ -283,7 +283,7 @@ def cut_of(array: jax.Array, form: Form) -> Cut | None:
     local = math.prod(sharding.shard_shape(shape)) * array.dtype.itemsize
     if local < 2 * CHUNK_BYTES or how.noise_fn is not None:
         return None
-    spec = sharding.spec if isinstance(sharding, NamedSharding) else ()
+    spec = tuple(sharding.spec) if isinstance(sharding, NamedSharding) else ()
     whole = [a for a, entry in enumerate(derived_sharding.padded(spec, len(shape))) if entry is None]
     tiles = layout.canonical_tiles(how.tiled_axes, shape)
     free = layout.canonical_axes(tuple(how.channelwise_axes), len(shape))
