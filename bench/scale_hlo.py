@@ -5,7 +5,7 @@ of n devices, which nothing that sums or copies everywhere can beat by more than
 
     all-gather           (n - 1) / n of the result
     reduce-scatter       (n - 1) / n of the operand
-    all-reduce       2 * (n - 1) / n of the operand
+    all-reduce           (n - 1) / n of the operand, as it is summed, and of the result, as it is handed out
     all-to-all           (n - 1) / n of the operand
     collective-permute   the operand
 
@@ -24,6 +24,7 @@ from bench import hlo
 
 OPS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _LINE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(OPS)})(-start)?\((.*)")
+_TYPE = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ")
 _CALLED = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations|async_execution_calls)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -36,13 +37,17 @@ _PAIRS = re.compile(r"source_target_pairs=\{\{")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One op of the program. `shapes`: of its results; `times`: runs of the loops round it."""
+    """One op of the program. `shapes`: of its results; `times`: runs of the loops round it.
+
+    operand_bytes: of an all-reduce. TPUs may sum float32 and hand out bfloat16 in one op.
+    """
 
     op: str
     dtypes: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     group: int
     times: int
+    operand_bytes: int = 0
 
     @property
     def result_bytes(self) -> int:
@@ -56,8 +61,11 @@ class Collective:
         n, size = self.group, self.result_bytes
         if self.op == "collective-permute":
             return size * self.times
-        factor = {"reduce-scatter": n - 1, "all-reduce": 2 * (n - 1) / n}.get(self.op, (n - 1) / n)
-        return math.ceil(factor * size) * self.times
+        if self.op == "reduce-scatter":
+            size *= n  # its operand
+        if self.op == "all-reduce":
+            size += self.operand_bytes
+        return math.ceil((n - 1) / n * size) * self.times
 
 
 def collectives(text: str) -> list[Collective]:
@@ -82,9 +90,10 @@ def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
 
 
 def _of(bodies: dict[str, tuple[bool, list[str]]], name: str, times: int) -> Iterator[Collective]:
+    types = {match[1]: match[2] for line in bodies[name][1] if (match := _TYPE.match(line))}
     for line in bodies[name][1]:
         if found := _LINE.search(line):
-            yield _collective(found, line, times)
+            yield _collective(found, line, times, types)
             continue
         trips = _TRIPS.search(line)
         runs = times * (int(trips[1]) if trips else 1)
@@ -95,9 +104,10 @@ def _of(bodies: dict[str, tuple[bool, list[str]]], name: str, times: int) -> Ite
             yield from _of(bodies, other, runs)
 
 
-def _collective(found: re.Match[str], line: str, times: int) -> Collective:
+def _collective(found: re.Match[str], line: str, times: int, types: dict[str, str]) -> Collective:
     type_, op, start = found[1], found[2], found[3]
     arrays = hlo.ARRAY.findall(type_)
+    names = re.findall(r"%([\w.-]+)", found[4].split(")")[0])
     if start and op in ("all-gather", "collective-permute", "all-to-all", "reduce-scatter"):
         # (operands, results, contexts): as many results as operands
         operands = len(re.findall(r"%[\w.-]+", found[4].split("), ")[0])) or 1
@@ -105,7 +115,13 @@ def _collective(found: re.Match[str], line: str, times: int) -> Collective:
     elif start:
         arrays = [a for a in arrays if a[0] not in ("u32", "s32") or len(arrays) == 1]
     shapes = tuple(tuple(int(d) for d in dims.split(",") if d) for _, dims, _ in arrays)
-    return Collective(op, tuple(dtype for dtype, *_ in arrays), shapes, _group(line), times)
+    dtypes = tuple(dtype for dtype, *_ in arrays)
+    made = Collective(op, dtypes, shapes, _group(line), times)
+    if op != "all-reduce":
+        return made
+    given = [a for name in names for a in hlo.ARRAY.findall(types.get(name, ""))]
+    summed = sum(hlo.array_bytes(dtype, dims) for dtype, dims, _ in given)
+    return dataclasses.replace(made, operand_bytes=summed or made.result_bytes)
 
 
 def _group(line: str) -> int:

@@ -53,8 +53,7 @@ def row(name: str, width: int, layers: int) -> dict[str, Any]:
     peak = max(peak, _alive() - before)
     quantized = sum(_bytes(x) for x in jax.tree.leaves(params))
     layer = width * width * 4
-    # The weight that was just quantized may live until the next one is asked for.
-    bound = quantized + 2 * layer
+    bound = quantized + layer
     return {
         "mesh": name,
         "float_bytes": layers * layer,

@@ -26,6 +26,8 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %t = (u8[1,8]{1,0}, u8[1,8]{1,0}) all-to-all(%a, %b), replica_groups={{0,1},{2,3}}
   %r = f32[4]{0} reduce-scatter(%x), replica_groups={{0,1,2,3}}, to_apply=%add
   %p = bf16[10]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  %wide = f32[64]{0} custom-call(%x), custom_call_target="tpu_custom_call"
+  %narrowed = bf16[64]{0} all-reduce(%wide), replica_groups={{0,1}}, to_apply=%add
   %alone = f32[4]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add
   %w = (s32[], f32[8]) while(%i), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
 }
@@ -42,9 +44,9 @@ def test_collectives_are_read_with_their_groups_loops_and_bytes():
         "all-to-all": [8],
         "reduce-scatter": [48],
         "collective-permute": [20],
-        "all-reduce": [0, 3 * 48],
+        "all-reduce": [128 + 64, 0, 3 * 48],  # summed as float32, handed out as bfloat16
     }
-    counts = {"all-gather": 2, "all-reduce": 3, "all-to-all": 1, "collective-permute": 1, "reduce-scatter": 1}
+    counts = {"all-gather": 2, "all-reduce": 4, "all-to-all": 1, "collective-permute": 1, "reduce-scatter": 1}
     assert scale_hlo.counted(found) == counts
     with pytest.raises(ValueError, match="no ENTRY"):
         scale_hlo.collectives("")
