@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.core import meta, spmd
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwix._src import double_scale
@@ -165,7 +166,7 @@ def boxed(stored: Any, box: Any) -> Any:
     names = flax_util.partition_names(box)
     if names is None:
         return jax.tree.map(lambda child: flax_util.reboxed(box, child, lambda spec: spec), stored)
-    rules, sizes = flax_util.axis_rules(box), _sizes_around(box)
+    rules, sizes = axis_rules(box), _sizes_around(box)
 
     def fit(entry: Any, size: int, sizes: Mapping[str, int] | None) -> Entry:
         resolved = on_mesh_axes(entry, rules)
@@ -179,6 +180,16 @@ def boxed(stored: Any, box: Any) -> Any:
         return flax_util.reboxed(box, child, kind)
 
     return jax.tree.map(put, stored, specs)
+
+
+def axis_rules(box: Any) -> dict[str, Any]:
+    """What the logical names of a box mean: {name: mesh axis, tuple of them or None}, the box's own first."""
+    own = box.get_metadata().get("sharding_rules") if isinstance(box, nnx.Variable) else None
+    own = getattr(box, "rules", None) if isinstance(box, meta.AxisMetadata) else own
+    rules: dict[str, Any] = {}
+    for name, axes in (*(own or ()), *spmd.get_logical_axis_rules()):
+        rules.setdefault(name, axes)
+    return rules
 
 
 def _sizes_around(box: Any) -> Mapping[str, int] | None:

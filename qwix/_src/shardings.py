@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwix._src.core import numerics
-from qwix._src.derived_sharding import Entries, fitting, names_in, on_mesh_axes, padded, shards
+from qwix._src.derived_sharding import Entries, axis_rules, fitting, names_in, on_mesh_axes, padded, shards
 from qwix._src.utils import flax_util
 
 Rules = Iterable[tuple[str, str | Sequence[str] | None]]
@@ -117,7 +117,7 @@ class _Placing:
         if names is None and isinstance(own, NamedSharding) and own.mesh.axis_names == self.mesh.axis_names:
             names = tuple(own.spec)
         self.named |= names is not None
-        rules = flax_util.axis_rules(leaf) | self.rules
+        rules = axis_rules(leaf) | self.rules
         shape = tuple(getattr(array, "shape", ()))
         wanted = tuple(on_mesh_axes(entry, rules) for entry in padded(names or (), len(shape)))
         self._check_axes("/".join(path), wanted)

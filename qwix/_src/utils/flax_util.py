@@ -16,7 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import nnx
-from flax.core import meta, spmd
+from flax.core import meta
 from flax.linen import module as linen_module
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -377,16 +377,6 @@ def partition_names(box: Any) -> tuple[Any, ...] | None:
         if spec is not None:
             return tuple(spec.spec if isinstance(spec, NamedSharding) else spec)
     return None
-
-
-def axis_rules(box: Any) -> dict[str, Any]:
-    """What the logical names of a box mean: {name: mesh axis, tuple of them or None}, the box's own first."""
-    own = box.get_metadata().get("sharding_rules") if isinstance(box, nnx.Variable) else None
-    own = getattr(box, "rules", None) if isinstance(box, meta.AxisMetadata) else own
-    rules: dict[str, Any] = {}
-    for name, axes in (*(own or ()), *spmd.get_logical_axis_rules()):
-        rules.setdefault(name, axes)
-    return rules
 
 
 def get_value_from_path(obj: Any, path: Sequence[str | int]) -> Any:
