@@ -87,7 +87,8 @@ def test_sample_inputs_and_names_that_make_no_sense_are_refused():
 def test_a_missing_converter_is_said_with_what_installs_it(monkeypatch):
     for name in ("litert_converter", "ai_edge_litert"):
         monkeypatch.setitem(sys.modules, name, None)
-        monkeypatch.setitem(sys.modules, f"{name}.converter_api_ext", None)
+        for part in ("converter_api_ext", "schema_py_generated"):
+            monkeypatch.setitem(sys.modules, f"{name}.{part}", None)
     with pytest.raises(ImportError, match=r"qwix.odml needs litert-converter.*: pip install ai-edge-litert"):
         convert(Signature(lambda x: x, (X,)))
     with pytest.raises(ImportError, match=r"qwix.odml needs ai-edge-litert"):
