@@ -23,6 +23,7 @@ def fused(head: Node, step: Step, args: Sequence[Any], rest: Sequence[Node], val
     weight = jnp.asarray(args[side])
     axes, ndim = feature_axes(head), len(head.outs[0].shape)
     factor, bias = _folded(rest, ndim, values)
+    bias = _with_two_numbers(bias) if values.call.converts else bias
     if factor is not None:
         weight = weight * _on_weight(head, factor, axes, weight).astype(weight.dtype)
     x = args[1 - side]
@@ -35,6 +36,19 @@ def fused(head: Node, step: Step, args: Sequence[Any], rest: Sequence[Node], val
             given = [out if isinstance(a, Act) else values.read(a, None) for a in node.args]
             (out,) = values.form(node, given)
     return out
+
+
+def _with_two_numbers(bias: Any) -> Any:
+    """LiteRT's converter 0.5.0 gives a bias of one number in all channels the scale of the first channel.
+
+    The last of them gets its neighbour among floats, which is the same integer.
+    """
+    if bias is None or isinstance(bias, jax.core.Tracer):
+        return bias
+    array = np.array(bias)
+    if array.size > 1 and array.flat[0] != 0 and (array == array.flat[0]).all():
+        array.flat[-1] = np.nextafter(array.flat[-1], np.zeros_like(array.flat[-1]))
+    return jnp.asarray(array)
 
 
 def _folded(rest: Sequence[Node], ndim: int, values: Any) -> tuple[Any, Any]:

@@ -92,6 +92,10 @@ def test_constants_after_a_contraction_are_in_its_weight_and_bias():
     check(Of(fn), ROWS, ops="FULLY_CONNECTED")
 
 
+def test_a_bias_may_be_one_number():
+    check(Of(lambda x: nn.Dense(5)(x) - 1.0), ROWS, ops="FULLY_CONNECTED")
+
+
 @pytest.mark.large
 def test_weights_have_channels_on_either_side():
     w = jnp.asarray(RNG.normal(size=(3, 5, 16)) * 10.0 ** np.arange(5)[:, None] / 100, jnp.float32)

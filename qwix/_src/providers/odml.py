@@ -135,7 +135,7 @@ class OdmlQatProvider(qconfig.QuantizationProvider):
         """Whether a jitted function is one op: of JAX's those the table knows, and those a user added."""
         if name in odml_ops.TABLE:
             return name in _CALLS and "/jax/" in str(jaxpr.debug_info.func_src_info)
-        return name in odml_ops.FUNCTIONS or name in self._ops.keys() - odml_ops.TABLE.keys()
+        return name in self._ops
 
     def note_break(self, path: str, op: str, op_id: str, reason: str) -> None:
         """Remembers an op without an integer form."""
