@@ -51,7 +51,7 @@ def compiled(name: str, cell: Cell) -> str:
     mesh = mesh_of(name, AxisType.Explicit if cell.explicit else AxisType.Auto)
     arguments = [scale_cells.placed(mesh, operand) for operand in cell.operands]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(cell.fn).lower(*arguments).compile().as_text()
+        return jax.jit(cell.fn).lower(*arguments).compile().as_text() or ""
 
 
 def row(name: str, cell: Cell) -> dict[str, Any]:

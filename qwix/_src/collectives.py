@@ -228,6 +228,7 @@ def all_gather(
         return [gather(wire.varying(x, axes), axis=a) for x, a in zip(leaves, along, strict=True)]
 
     def back(gradients: list[jax.Array]) -> list[jax.Array]:
+        assert grad_qtype is not None  # see `returns`
         send = functools.partial(reduce_scatter, axis_name=axes, qtype=grad_qtype, block_size=block_size)
         return [send(g, scatter_dimension=a) for g, a in zip(gradients, along, strict=True)]
 

@@ -51,9 +51,10 @@ def checked_format(op: str, qtype: DTypeLike | str, block_size: int, leaves: Seq
         raise ValueError(f"{op} sends values of 4, 8 or 16 bits, such as 'int8', 'int4', 'float8_e4m3fn'.")
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"{op}: block_size is {block_size!r}; it counts values, 1 or more.")
-    return Format(
-        qtype, block_size, functools.reduce(jnp.promote_types, (x.dtype for x in leaves), jnp.float32)
+    compute = jnp.dtype(
+        functools.reduce(jnp.promote_types, (x.dtype for x in leaves), jnp.dtype(jnp.float32))
     )
+    return Format(qtype, block_size, compute)
 
 
 def float_leaves(op: str, tree: Any) -> tuple[list[jax.Array], Any]:

@@ -64,7 +64,7 @@ def all_reduce(call: Call, leaves: Arrays, key: Any, feedback: ErrorFeedback | N
     cuts = call.cut(leaves, feedback, lead=0)
     sent = call.quantized(cuts, key, use=0)
     sums = call.owned_sums(blocks_lib.together(sent, 0, call.devices))
-    if feedback is not None:
+    if feedback is not None and feedback.reduced is not None:
         sums = sums + feedback.reduced[0]
     (owned,) = call.quantized([sums], key, use=1)
     everyones = jax.tree.map(lambda x: wire.all_gather(x, call.axes, to="invarying"), owned)
