@@ -23,7 +23,9 @@ def fused(head: Node, step: Step, args: Sequence[Any], rest: Sequence[Node], val
     weight = jnp.asarray(args[side])
     axes, ndim = feature_axes(head), len(head.outs[0].shape)
     factor, bias = _folded(rest, ndim, values)
-    bias = _with_two_numbers(bias) if values.call.converts else bias
+    if values.call.converts and bias is not None:
+        along = [n if a in axes else 1 for a, n in enumerate(head.outs[0].shape)]
+        bias = _with_two_numbers(jnp.broadcast_to(bias, np.broadcast_shapes(jnp.shape(bias), along)))
     if factor is not None:
         weight = weight * _on_weight(head, factor, axes, weight).astype(weight.dtype)
     x = args[1 - side]

@@ -123,7 +123,9 @@ def check(functions, act_qtype="int8", low=-3.0, *, chain=False):
     assert all({*op.inputs, *op.outputs} <= {act_qtype, "float32", "int32", "bool"} for op in summary.ops)
     steps = odml.with_integer_io(file).quantization()
     off = {name: float(np.abs(got[name] - want[name]).max() / steps[name][0][0]) for name in functions}
-    assert {name: n for name, n in off.items() if n > 2.01} == {}
+    # A root that is one step off, of at least the half of the largest inverse: 3.4 steps of the quotient.
+    most = {"rsqrt": 4.41} if act_qtype == "int16" else {}
+    assert {name: n for name, n in off.items() if n > most.get(name, 2.01)} == {}
     return summary
 
 
