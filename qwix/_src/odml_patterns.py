@@ -80,13 +80,27 @@ def _pool(node: Node) -> Any:
 
 
 def _softmax(node: Node) -> Any:
+    """exp(x - c) / its sum along an axis, c being the same along it: the maximum, moved about or not."""
     if node.op != "div" or not all(isinstance(a, Act) for a in node.args):
         return None
-    total = inner(node.args[1], ("broadcast_in_dim", "reshape")).node
-    if total.op != "reduce_sum" or len(total.params["axes"]) != 1:
+    powers, sums = node.args
+    total = inner(sums, ("broadcast_in_dim", "reshape"))
+    if powers.node.op != "exp" or total.node.op != "reduce_sum" or len(total.node.params["axes"]) != 1:
         return None
-    axis = total.params["axes"][0]
-    return _matched(node, "softmax", functools.partial(jax.nn.softmax, axis=axis), {"axis": axis})
+    axis = total.node.params["axes"][0]
+    alone = lambda y: np.shape(y) == (*powers.shape[:axis], 1, *powers.shape[axis + 1 :])
+    if total.node.args[0].key != powers.key or not alone(sums) or not _keeps_order(sums):
+        return None
+    (x,) = powers.node.args
+    if x.node.op == "sub" and isinstance(x.node.args[0], Act) and alone(x.node.args[1]):
+        x = x.node.args[0]
+    return "softmax", [x], {"axis": axis}, functools.partial(jax.nn.softmax, axis=axis)
+
+
+def _keeps_order(x: Act) -> bool:
+    """Whether the axes of what is broadcast, if it is, stay in their order."""
+    axes = x.node.params["broadcast_dimensions"] if x.node.op == "broadcast_in_dim" else ()
+    return list(axes) == sorted(axes)
 
 
 def _gelu(node: Node) -> Any:
