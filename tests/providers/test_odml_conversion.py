@@ -111,6 +111,13 @@ def test_attention_is_integer():
     assert [op.name for op in summary.ops].count("BATCH_MATMUL") == 2
 
 
+def test_a_softmax_whose_maximum_was_moved_about_is_one_op():
+    """jax.nn.dot_product_attention, as Flax's NNX calls it, maps a softmax over the groups of heads."""
+    fn = lambda x: jax.nn.dot_product_attention(*(nn.DenseGeneral((2, 8), name=name)(x) for name in "qkv"))
+    names = [op.name for op in check(Of(fn), WORDS).ops]
+    assert names.count("SOFTMAX") == 1 and "REDUCE_MAX" not in names
+
+
 @pytest.mark.large
 def test_norms_and_activations_are_integer():
     fn = lambda x: nn.Dense(8)(jax.nn.silu(nn.RMSNorm()(nn.LayerNorm()(x))))
