@@ -25,8 +25,9 @@ class NodeInner:
 
     def __init__(self, values: Any, node: Node, step: Step, scale: Any = None, rule: Any = None):
         self.values, self.node, self.step, self.scale = values, node, step, scale
-        self.rule: Any = rule or step.rule
-        self.qtype = scale.qtype if scale is not None else odml_quantizers.qtype_name(self.rule.act_qtype)
+        self.rule = rule or step.rule
+        wanted = self.rule and self.rule.act_qtype
+        self.qtype = odml_quantizers.qtype_name(wanted) if scale is None else scale.qtype
         known = [i for i, a in enumerate(node.args) if is_float(a) and not isinstance(a, Act)]
         self.constants = frozenset(known)
         first = node.args[0]

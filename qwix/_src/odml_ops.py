@@ -76,7 +76,8 @@ class OpSpec:
             return self.reason
         if rule is None or rule.act_qtype is None or self.kind == "ignore":
             return None
-        name = numerics.canonical_qtype(rule.act_qtype).name
+        qtype = numerics.canonical_qtype(rule.act_qtype)
+        name = qtype if isinstance(qtype, str) else np.dtype(qtype).name
         if name in self.qtypes:
             return None
         return f"LiteRT has it for {' and '.join(self.qtypes)}, not for {name}"
