@@ -18,11 +18,6 @@ ROWS = RNG.normal(size=(4, 16)).astype(np.float32)
 WORDS = RNG.normal(size=(2, 6, 16)).astype(np.float32)
 
 
-def litert():
-    pytest.importorskip("litert_converter")
-    pytest.importorskip("ai_edge_litert")
-
-
 class Of(nn.Module):
     """A module that computes fn."""
 
@@ -58,7 +53,6 @@ def converted(model, provider, variables):
 
 def check(model, x, steps=2, *, ops=None, rules=(INT8,), **options):
     """Converts a model, and compares it in LiteRT's interpreter; returns its summary."""
-    litert()
     provider, variables, expected = calibrated(model, x, rules, **options)
     file = convert(Signature(converted(model, provider, variables), (x,)), strict=True)
     out = file.run({"x": x})["output"]
@@ -86,7 +80,6 @@ def test_a_cnn_is_integer_from_end_to_end():
 
 
 def test_constants_after_a_contraction_are_in_its_weight_and_bias():
-    litert()
     scale, shift = np.linspace(-2, 3, 5, dtype=np.float32), np.linspace(1, -4, 5, dtype=np.float32)
     fn = lambda x: nn.relu((3.0 - (nn.Dense(5)(x) * scale + shift)) / 7.0)
     check(Of(fn), ROWS, ops="FULLY_CONNECTED")
@@ -172,7 +165,6 @@ def test_a_stack_of_weights_is_a_batch():
 
 @pytest.mark.parametrize("act_qtype", ["int8", None])
 def test_weights_are_integers_where_activations_are_floats(act_qtype):
-    litert()
     static = None if act_qtype is None else False
     rule = QuantizationRule(weight_qtype="int8", act_qtype=act_qtype, act_static_scale=static)
     provider, variables, expected = calibrated(Of(lambda x: nn.Dense(64)(x)), ROWS, [rule])
@@ -183,7 +175,6 @@ def test_weights_are_integers_where_activations_are_floats(act_qtype):
 
 
 def test_an_nnx_model_converts_what_it_was_trained_as():
-    litert()
 
     class Model(nnx.Module):
         def __init__(self, rngs):
