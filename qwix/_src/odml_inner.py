@@ -25,8 +25,8 @@ class NodeInner:
 
     def __init__(self, values: Any, node: Node, step: Step, scale: Any = None, rule: Any = None):
         self.values, self.node, self.step, self.scale = values, node, step, scale
-        self.rule = rule or step.rule
-        wanted = self.rule and self.rule.act_qtype
+        self.rule: Any = rule if rule is not None else step.rule
+        wanted = getattr(self.rule, "act_qtype", None)
         self.qtype = odml_quantizers.qtype_name(wanted) if scale is None else scale.qtype
         known = [i for i, a in enumerate(node.args) if is_float(a) and not isinstance(a, Act)]
         self.constants = frozenset(known)
