@@ -37,7 +37,15 @@ from jax._src.interpreters import partial_eval as pe
 
 from qwix._src import op_search, weight_view
 from qwix._src.adapter import Adapter, CutChange
-from qwix._src.weight import WeightInfo, WeightTracer, float_type, materialize, tag_p, tagged_content
+from qwix._src.weight import (
+    WeightInfo,
+    WeightTracer,
+    float_type,
+    materialize,
+    tag_p,
+    tagged_content,
+    typed,
+)
 
 # Where an op is: the indices of the scans over layers around it. None: in a loop or a branch, whose ops run
 # any number of times.
@@ -257,7 +265,7 @@ def new_weight(
 ) -> WeightTracer:
     """A weight as the stored param is."""
     shape, dtype = float_type(payload)
-    return WeightTracer(trace, jcore.ShapedArray(shape, dtype), payload, info, adapter=adapter)
+    return WeightTracer(trace, typed(shape, dtype, (payload, adapter)), payload, info, adapter=adapter)
 
 
 def tagged_weight(trace: OpTrace, args: Sequence[Any], params: dict[str, Any]) -> WeightTracer:

@@ -102,9 +102,14 @@ class WeightTracer(jcore.Tracer):
     def moved(self, stored: Any, step: Step | None = None, dtype: Any = None) -> WeightTracer:
         """The weight after a step, or with another dtype."""
         shape = self.aval.shape if step is None else step.new
-        aval = jcore.ShapedArray(tuple(shape), dtype or self.aval.dtype)
+        aval = self.aval.update(shape=tuple(shape), dtype=dtype or self.aval.dtype)
         steps = self.steps + ((step,) if step else ())
         return WeightTracer(self._trace, aval, stored, self.info, steps, self.adapter)
+
+    def varying(self, stored: Any, adapter: Adapter | CutChange | None) -> WeightTracer:
+        """The weight with content that inside of shard_map is typed otherwise."""
+        aval = typed(self.aval.shape, self.aval.dtype, stored)
+        return WeightTracer(self._trace, aval, stored, self.info, self.steps, adapter)
 
     def as_mapped(self, vmapped: int) -> WeightTracer:
         """Known to be several weights, along its first axes."""
@@ -187,6 +192,17 @@ def float_type(payload: Any) -> tuple[tuple[int, ...], Any]:
     return tuple(payload.shape), payload.dtype
 
 
+def typed(shape: Sequence[int], dtype: Any, content: Any) -> jcore.ShapedArray:
+    """The type of an array made of these: inside of shard_map it varies over what any of them varies over."""
+    avals = [jax.typeof(x) if isinstance(x, jax.Array) else x for x in jax.tree.leaves(content)]
+    varying = [aval for aval in avals if isinstance(aval, jcore.ShapedArray) and aval.mat.varying]
+    if not varying:
+        return jcore.ShapedArray(tuple(shape), dtype)
+    axes = frozenset().union(*(aval.mat.varying for aval in varying))
+    manual = jcore.ManualAxisType(varying=axes)
+    return varying[0].update(shape=tuple(shape), dtype=jnp.dtype(dtype), manual_axis_type=manual)
+
+
 def _impl(*leaves: Any, treedef: Any, info: WeightInfo) -> jax.Array:
     del info
     payload, adapter = tagged_content(leaves, treedef)
@@ -195,7 +211,8 @@ def _impl(*leaves: Any, treedef: Any, info: WeightInfo) -> jax.Array:
 
 def _abstract_eval(*avals: Any, treedef: Any, info: WeightInfo) -> jcore.ShapedArray:
     del info
-    return jcore.ShapedArray(*float_type(tagged_content(avals, treedef)[0]))
+    content = tagged_content(avals, treedef)
+    return typed(*float_type(content[0]), content)
 
 
 def _batch(args: Sequence[Any], dims: Sequence[Any], *, treedef: Any, info: WeightInfo) -> tuple[Any, int]:

@@ -171,6 +171,10 @@ def move(trace: Any, primitive: Any, args: Sequence[Any], params: dict[str, Any]
         return weight.moved(weight.stored, dtype=params["new_dtype"]) if floats and not rest else None
     if primitive.name in ("copy", "copy_p", "optimization_barrier"):
         return weight if not rest else None
+    if primitive.name == "pvary":  # inside of shard_map: as the other operand of an op varies
+        vary = lambda x: _as_varying(x, params["axes"])
+        content = trace.outside(jax.tree.map, vary, weight.content)
+        return weight.varying(*content)
     make = _MOVES.get(primitive.name)
     step = make(weight.aval.shape, params, rest) if make else None
     if step is None:
@@ -182,6 +186,11 @@ def move(trace: Any, primitive: Any, args: Sequence[Any], params: dict[str, Any]
     except ValueError:  # the scales, or the magnitudes of the adapter, can't follow this one
         return None
     return weight.with_adapter(adapter).moved(stored, step)
+
+
+def _as_varying(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    missing = tuple(a for a in axes if a not in jax.typeof(x).mat.varying)
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _cut_adapter(

@@ -207,11 +207,8 @@ def test_adapters(mesh_name):
     assert close(got, want)
 
 
-FLOAT = "with check_vma a part of this model stays float inside jax.shard_map"
-
-
 @pytest.mark.large
-@pytest.mark.parametrize("check_vma", [False, pytest.param(True, marks=pytest.mark.xfail(reason=FLOAT))])
+@pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize("mesh_name", MESHES)
 def test_data_parallel_in_shard_map(mesh_name, check_vma, alone):
     """The quantized model inside of jax.shard_map: rows of the batch are independent."""
