@@ -225,3 +225,22 @@ def test_what_is_no_rule_is_shown_whole_with_what_to_pass(provider, given):
     example = f"{provider.__name__}([qwix.QuantizationRule("
     with pytest.raises(TypeError, match=f"sequence of them, got {re.escape(shown)}.*{re.escape(example)}"):
         provider(given)
+
+
+@pytest.mark.parametrize("provider", [qwix.PtqProvider, qwix.QtProvider])
+def test_a_rule_for_a_kernel_of_ones_own_is_used_when_it_is_asked_for(provider):
+    """No warning that nothing was quantized: the kernel does that itself."""
+
+    class Own(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones((4, 4)))
+
+        def __call__(self, x):
+            seen.append(qwix.get_current_rule("my_kernel"))
+            return x + self.w[...]
+
+    seen = []
+    qwix.quantize_model(
+        Own(), provider([Rule(weight_qtype="int8", op_names=("my_kernel",))]), jnp.ones((4, 4))
+    )
+    assert seen and seen[-1].weight_qtype == np.dtype("int8")

@@ -204,7 +204,10 @@ def get_current_rule(op_name: str) -> QuantizationRule | None:
     run = current_run()
     if run is None:
         return None
-    return run.provider._get_current_rule_and_op_id(op_name, only_rule=True)[0]
+    rule = run.provider._get_current_rule_and_op_id(op_name, only_rule=True)[0]
+    if rule is not None:
+        run.provider._asked_for.add(op_name)
+    return rule
 
 
 class QuantizationProvider:
@@ -226,6 +229,7 @@ class QuantizationProvider:
         self._compiled = [re.compile(rule.module_path) for rule in self._rules]
         self._paths_seen: dict[str, None] = {}
         self._ops_seen: set[str] = set()
+        self._asked_for: set[str] = set()  # ops whose own code took a rule, by get_current_rule
         self._complete = False
         self._warned: set[str] = set()
         self._token = next(self._tokens)
@@ -276,7 +280,7 @@ class QuantizationProvider:
     def get_intercept_map(self) -> dict[str, Callable[..., Any]]:
         """{dotted path: replacement}: the functions to replace while the model runs."""
         return {
-            name: _opaque(interception.get_attribute(name))
+            name: interception.opaque(interception.get_attribute(name))
             for name in ("jax.experimental.pallas.pallas_call", "jax.experimental.pallas.kernel")
             if interception.has_attribute(name)
         }
@@ -359,6 +363,14 @@ class QuantizationProvider:
         for rule in self.get_unused_rules():
             self._warn_once(f"The rule {rule} matched no op. {self._hint(rule)}")
 
+    def _warn_if_nothing(self) -> None:
+        """Warns where no op has been quantized, and none has taken a rule to quantize itself."""
+        quantized = self._asked_for or any(record.is_quantized for record in self.records.values())
+        if self._rules and not quantized:
+            self._warn_once(
+                f"No op of the model was quantized. `qwix.report` says why for each. {self._hint(None)}"
+            )
+
     def _hint(self, rule: QuantizationRule | None) -> str:
         paths = ", ".join(repr(p) for p in itertools.islice(self._paths_seen, 8)) or "none"
         more = len(self._paths_seen) - 8
@@ -374,16 +386,6 @@ class QuantizationProvider:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=4)
-
-
-def _opaque(make_kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A maker of kernels that sees the true JAX functions, when it's called and when its kernel is."""
-
-    def make(*args: Any, **kwargs: Any) -> Any:
-        made = interception.disable_interceptions(make_kernel)(*args, **kwargs)
-        return interception.disable_interceptions(made) if callable(made) else made
-
-    return make
 
 
 __all__ = [

@@ -86,10 +86,7 @@ class BoxedParamProvider(qconfig.QuantizationProvider):
 
     def finish(self) -> None:
         super().finish()
-        if self._rules and not any(record.is_quantized for record in self.records.values()):
-            self._warn_once(
-                f"No op of the model was quantized. `qwix.report` says why for each. {self._hint(None)}"
-            )
+        self._warn_if_nothing()
 
     def op_handler(self, scales: StaticScales, *, strict: bool) -> Executor:
         """What carries out the ops of one call. `strict`: a float weight where a quantized one belongs is

@@ -91,11 +91,8 @@ class QtProvider(qconfig.QuantizationProvider):
 
     def finish(self) -> None:
         super().finish()
-        own = any(hasattr(self, name) for name in _OWN_OPS)
-        if self._rules and not own and not any(record.is_quantized for record in self.records.values()):
-            self._warn_once(
-                f"No op of the model was quantized. `qwix.report` says why for each. {self._hint(None)}"
-            )
+        if not any(hasattr(self, name) for name in _OWN_OPS):
+            self._warn_if_nothing()
 
 
 def _whole(op: Callable[..., Any]) -> Callable[..., Any]:
