@@ -119,6 +119,8 @@ def _range_of(x: Any, how: qarray.HowToQuantize) -> dict[str, jax.Array]:
     return calibration.calibrate(x.astype(jnp.float32), how)
 
 
+_no_average, _averaged = jax.jit(_AVERAGE.init), jax.jit(_AVERAGE.update)
+_average = jax.jit(_AVERAGE.get_calibration)
 _scale_of = jax.jit(calibration.compute_scale_zero_point, static_argnums=1)
 
 
@@ -126,12 +128,25 @@ _scale_of = jax.jit(calibration.compute_scale_zero_point, static_argnums=1)
 def _on_grid(
     x: jax.Array, step: Any, zero: Any, bottom: Any, top: Any, *, axis: int | None, low: int, high: int
 ) -> jax.Array:
-    wide = x.astype(jnp.float32)
     shape = [-1 if a == axis else 1 for a in range(x.ndim)]
     step, zero, bottom, top = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (step, zero, bottom, top))
-    rounded = (jnp.clip(jnp.round(wide / step) + zero, low, high) - zero) * step
-    clipped = jnp.clip(wide, bottom, top)
-    return (clipped + jax.lax.stop_gradient(rounded - clipped)).astype(x.dtype)
+    return _straight_through(x.astype(jnp.float32), step, zero, bottom, top, low, high).astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+def _straight_through(
+    x: jax.Array, step: jax.Array, zero: jax.Array, bottom: jax.Array, top: jax.Array, low: int, high: int
+) -> jax.Array:
+    """The nearest value of the grid; its derivative is that of a clip to the ends, and of x alone."""
+    del bottom, top
+    return (jnp.clip(jnp.round(x / step) + zero, low, high) - zero) * step
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(low: int, high: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    x, step, zero, bottom, top = primals
+    clip = lambda x: jnp.clip(x, bottom, top)
+    return _straight_through(x, step, zero, bottom, top, low, high), jax.jvp(clip, (x,), tangents[:1])[1]
 
 
 def ends_to_scale(ends: Mapping[str, Any], qtype: str, axis: int | None, is_weight: bool) -> Scale:
@@ -161,15 +176,15 @@ class TrainingQuantizer:
 
     def of_request(self, request: Request, value: Callable[[], jax.Array]) -> Scale:
         now = statistics(request, value())
-        fresh = lambda: _AVERAGE.init(now)
+        fresh = lambda: _no_average(now)
         state, _ = self.states.step(
             (request.path, request.name),
             self.layer,
             fresh,
-            lambda state: _AVERAGE.update(fresh() if request.fixed else state, now),
+            lambda state: _averaged(fresh() if request.fixed else state, now),
             self.emitted,
         )
-        ends = _AVERAGE.get_calibration(state, default=now)
+        ends = _average(state, now)
         return ends_to_scale(ends, qtype_name(request.rule.act_qtype), None, is_weight=False)
 
     def of_weight(self, x: Any, qtype: Any, method: str, axis: int | None) -> Scale:
