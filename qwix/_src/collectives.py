@@ -83,6 +83,7 @@ def all_reduce(
       ValueError: no such axis here, a qtype or block size that can't be, another tree's feedback.
       TypeError: a leaf that isn't a float array.
 
+    >>> import jax.numpy as jnp
     >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     >>> gradients = {"w": jnp.linspace(-1, 1, 12).reshape(4, 3), "b": jnp.ones(3)}
     >>> mean = jax.shard_map(lambda g: all_reduce(g, "data", mean=True), mesh=mesh,
@@ -135,6 +136,7 @@ def reduce_scatter(
       ValueError: as `all_reduce`, and a dimension that the devices don't divide.
       TypeError: a leaf that isn't a float array.
 
+    >>> import jax.numpy as jnp
     >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     >>> x = jnp.linspace(-1, 1, 128).reshape(16, 8)
     >>> scattered = jax.shard_map(lambda x: reduce_scatter(x, "data", mean=True), mesh=mesh,
@@ -197,6 +199,7 @@ def all_gather(
       TypeError: a leaf that is neither.
 
     >>> import qwix
+    >>> import jax.numpy as jnp
     >>> mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     >>> w = qwix.quantize(jnp.ones((16, 8)), "int4", channelwise_axes=(0, 1))
     >>> jax.shard_map(lambda w: all_gather(w, "fsdp", to="invarying"), mesh=mesh,

@@ -220,9 +220,10 @@ def _text(path: Path) -> str:
 
 def _templates(tree: Any) -> Iterator[tuple[Path, Any]]:
     if isinstance(tree, nnx.Module):
-        for _, path, name, value in flax_util.nnx_values(tree):
+        for owner, path, name, value in flax_util.nnx_values(tree):
             if isinstance(value, WithAux | nnx.Variable):
-                yield (*path, name), flax_util.unbox(value)
+                key = int(name) if isinstance(owner, nnx.List) else name  # as `nnx.state` has it
+                yield (*path, key), flax_util.unbox(value)
     else:
         tree = flax_util.unbox(tree)
         yield from traverse_util.flatten_dict(tree, is_leaf=lambda _, x: isinstance(x, WithAux)).items()

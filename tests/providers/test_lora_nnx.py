@@ -172,7 +172,9 @@ def test_abstract_models():
     assert jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(made))) == jax.tree.map(
         jnp.shape, nnx.to_pure_dict(nnx.state(model))
     )
-    np.testing.assert_array_equal(made(X), lora(Mlp(nnx.Rngs(0)), **QLORA)(X))
+    # Of one program, weights and scales may differ from those of many in the last bit; outputs reach 5.
+    want = lora(Mlp(nnx.Rngs(0)), **QLORA)(X)
+    np.testing.assert_allclose(made(X), want, rtol=0, atol=1e-5)
 
 
 def test_without_rngs_it_says_which_seed():
