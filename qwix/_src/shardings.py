@@ -83,18 +83,30 @@ def device_bytes(tree: Any, shardings: Any = None) -> int:
         their own count with the largest shard.
       shardings: of `qwix.shardings(tree, mesh)`, instead of their own.
 
+    Raises:
+      TypeError: something that holds no array.
+
     >>> device_bytes(jax.ShapeDtypeStruct((256, 3), "int4"))
     384
     """
     tree = flax_util.unbox(nnx.state(tree) if isinstance(tree, nnx.Module) else tree)
-    leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "shape")]
+    every = jax.tree.leaves(tree)
+    leaves = [x for x in every if hasattr(x, "shape")]
+    if every and not leaves:
+        raise TypeError(f"No array in {tree!r}. Give arrays, a tree of them, or a model.")
     if shardings is None:
         own = [getattr(x, "sharding", None) for x in leaves]
     else:
         own = jax.tree.leaves(flax_util.unbox(shardings), is_leaf=lambda x: isinstance(x, NamedSharding))
     shape = lambda x, sharding: x.shape if sharding is None else sharding.shard_shape(tuple(x.shape))
     pairs = zip(leaves, own, strict=True)
-    return sum(numerics.device_bytes(x.dtype, math.prod(shape(x, sharding))) for x, sharding in pairs)
+    return sum(_bytes(x.dtype, math.prod(shape(x, sharding))) for x, sharding in pairs)
+
+
+def _bytes(dtype: Any, size: int) -> int:
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):  # of the rngs of a model
+        return size * dtype.itemsize
+    return numerics.device_bytes(dtype, size)
 
 
 _PARTS = ("scale", "zero_point", "codes", "step", "mean")  # of a quantized weight, which follow its values

@@ -201,3 +201,10 @@ def test_what_a_mesh_cannot_do(devices):
     bare = qwix.quantize_model(nnx.eval_shape(lambda: nnx.Linear(8, 8, rngs=nnx.Rngs(0))), INT8)
     with pytest.raises(ValueError, match="A model with no shardings: none of its 3 arrays"):
         qwix.shardings(bare, on)
+
+
+def test_bytes_are_of_arrays():
+    with pytest.raises(TypeError, match="No array in 'x'"):
+        qwix.device_bytes("x")
+    assert qwix.device_bytes({}) == 0 and qwix.device_bytes(jnp.ones((3, 2), "bfloat16")) == 12
+    assert qwix.device_bytes(nnx.Dropout(0.5, rngs=nnx.Rngs(0))) == 4 + 8  # a count and a key
